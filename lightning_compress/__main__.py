@@ -1,0 +1,5 @@
+"""``python -m lightning_compress`` is ``lc``."""
+
+from lightning_compress.cli.main import main
+
+main()

@@ -1,0 +1,353 @@
+"""The methods of this collection as plain data: what exists, where it comes from, what its paper reports.
+
+One `Card` per method. The table of `lc methods`, the README, the documentation and the conformance suite read
+it, so a new method is one more card. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+CONFIGS = Path(__file__).parent / "configs"
+
+READY = "ready"
+PLANNED = "planned"
+
+_CALLBACKS = "lightning_compress.callbacks"
+_MODULES = "lightning_compress.modules"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One published result.
+
+    Args:
+        network: network name as the paper prints it.
+        data: data set name.
+        setting: what the paper varies, in its own notation (a list of rates, a variant).
+        result: quantity → value: ``top1`` and ``top5`` in percent, ``macs`` and ``params`` as counts, by the
+            paper's own convention (the method's documentation page states it).
+        config: name of the packaged config that reproduces this row, "" where there is none.
+    """
+
+    network: str
+    data: str
+    setting: str
+    result: Mapping[str, float]
+    config: str = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    """One method: its class, its paper and its published results.
+
+    Args:
+        slug: stem shared by the source file, its test, its documentation page and its configs.
+        class_path: full import path of the class a user names.
+        family: pruning, sparsity, quantization, distillation, training, translation, ...
+        title: title of the paper.
+        authors: first author "et al." (all of them up to three).
+        venue: where it appeared, with the year; the year alone for a preprint.
+        arxiv: arXiv identifier, "" where the paper is not there.
+        status: `READY` (shipped, tested) or `PLANNED`.
+        also: further classes that belong to the method.
+        published: rows of the paper's result tables.
+    """
+
+    slug: str
+    class_path: str
+    family: str
+    title: str
+    authors: str
+    venue: str
+    arxiv: str
+    status: str = PLANNED
+    also: tuple[str, ...] = ()
+    published: tuple[Row, ...] = field(default=(), repr=False)
+
+    @property
+    def name(self) -> str:
+        """The class name, as a config or `--trainer.callbacks+=` takes it."""
+        return self.class_path.rpartition(".")[2]
+
+    @property
+    def configs(self) -> tuple[str, ...]:
+        """Names of the packaged configs of this method: its fragment, then its recipes."""
+        return tuple(
+            n for n in config_names() if n == f"method/{self.slug}" or n.startswith(f"recipes/{self.slug}/")
+        )
+
+
+def config_names() -> list[str]:
+    """Short names of all packaged configs: "quickstart", "data/digits", "recipes/hrank/quick", ..."""
+    return sorted(p.relative_to(CONFIGS).with_suffix("").as_posix() for p in CONFIGS.rglob("*.yaml"))
+
+
+def cards(status: str | None = None) -> Iterator[Card]:
+    """All cards, or those of one status, in the order of the table."""
+    return (card for card in CARDS if status in (None, card.status))
+
+
+def card(name: str) -> Card:
+    """The card whose slug or class name is `name` (case is ignored).
+
+    Raises:
+        KeyError: when there is none.
+
+    >>> card("hrank").venue
+    'CVPR 2020'
+    """
+    for entry in CARDS:
+        if name.lower() in (entry.slug, entry.name.lower()):
+            return entry
+    raise KeyError(name)
+
+
+def _rows(
+    method: str, network: str, data: str, *rows: tuple[str, float | None, float, float, str]
+) -> tuple[Row, ...]:
+    """Rows of one network from (setting, top-1 in %, 1e6 MACs, 1e6 parameters, end of the config name)."""
+    start = f"recipes/{method}/{network}_{data}_".lower().replace("-", "")
+    return tuple(
+        Row(
+            network,
+            data,
+            setting,
+            {
+                **({} if top1 is None else {"top1": top1}),
+                "macs": round(macs * 1e6),
+                "params": round(params * 1e6),
+            },
+            start + config,
+        )
+        for setting, top1, macs, params, config in rows
+    )
+
+
+# fmt: off
+_HRANK = (
+    *_rows("hrank", "VGG-16", "CIFAR-10",
+           ("[0.21]*7+[0.75]*5", 93.73, 131.17, 2.76, "131m"),
+           ("[0.3]*7+[0.75]*5", 93.56, 104.78, 2.50, "105m"),
+           ("[0.45]*7+[0.78]*5", 93.10, 66.95, 1.90, "67m"),
+           ("sequential: [0.95]+[0.5]*6+[0.9]*4+[0.8]*2", 92.34, 108.61, 2.64, "sequential")),
+    *_rows("hrank", "ResNet-56", "CIFAR-10",
+           ("[0.]+[0.18]*29", 93.85, 90.35, 0.66, "90m"),
+           ("[0.]+[0.15]*2+[0.4]*27", 93.57, 65.94, 0.48, "66m"),
+           ("[0.]+[0.4]*2+[0.5]*9+[0.6]*9+[0.7]*9", 92.32, 34.78, 0.24, "35m"),
+           ("sequential: [0.1]+[0.6]*35+[0.0]*2+[0.6]*6+[0.4]*3+[0.1,0.4]*4",
+            93.17, 62.72, 0.49, "sequential")),
+    *_rows("hrank", "ResNet-110", "CIFAR-10",
+           ("[0.]+[0.2]*2+[0.3]*18+[0.35]*36", 94.20, 140.54, 1.04, "141m"),
+           ("[0.]+[0.4]*2+[0.5]*18+[0.65]*36", 93.23, 71.69, 0.54, "72m"),
+           ("sequential: [0.1]+[0.4]*108", 94.23, 156.90, 1.04, "sequential_157m"),
+           ("sequential: [0.1]+[0.6]*108", 93.36, 105.70, 0.70, "sequential_106m")),
+    *_rows("hrank", "GoogLeNet", "CIFAR-10",
+           ("[0.3]+[0.6]*2+[0.7]*5+[0.8]*2", 95.04, 649.19, 2.85, "649m"),
+           ("[0.4]+[0.85]*2+[0.9]*5+[0.9]*2", 94.82, 395.42, 2.09, "395m"),
+           ("sequential: [0.1]+[0.8]*5+[0.85]+[0.8]*3", 94.07, 450.06, 1.86, "sequential_450m"),
+           ("sequential: [0.1]+[0.7]+[0.5]+[0.8]*4+[0.5]+[0.6]*2", None, 686.02, 2.74, "sequential_686m")),
+    *_rows("hrank", "DenseNet-40", "CIFAR-10",
+           ("growth 9", 94.51, 173.39, 0.62, "173m"),
+           ("growth 7", 93.66, 113.08, 0.39, "113m"),
+           ("sequential: [0.]+[0.1]*6+[0.7]*6+[0.]+[0.1]*6+[0.7]*6+[0.]+[0.1]*6+[0.7]*5+[0.]",
+            94.24, 167.41, 0.66, "sequential")),
+    *_rows("hrank", "ResNet-50", "ImageNet",
+           ("[0.]+[0.1]*3+[0.35]*16", 75.56, 2260, 15.09, "2260m"),
+           ("[0.]+[0.25]*3+[0.5]*16", 74.19, 1520, 11.05, "1520m"),
+           ("[0.]+[0.25]*3+[0.5]*16, cosine", 75.83, 1520, 11.05, "1520m_cosine"),
+           ("[0.]+[0.5]*3+[0.6]*16", 72.30, 950, 8.02, "950m"),
+           ("sequential: [0.2]+[0.8]*23+[0.55]*19+[0.45]*10", 71.98, 1549.65, 13.77, "sequential")),
+)
+
+# The settings are the paper's sketch rates: the share of filters KEPT, one number per block.
+_FILTER_SKETCH = (
+    *_rows("filter_sketch", "ResNet-56", "CIFAR-10",
+           ("[0.1]*27", 87.38, 11.43, 0.08, "11m"),
+           ("[0.2]*27", 90.19, 24.54, 0.16, "25m"),
+           ("[0.3]*27", 91.65, 35.61, 0.25, "36m"),
+           ("[0.4]*27", 92.00, 48.72, 0.33, "49m"),
+           ("[0.5]*27", 92.29, 63.78, 0.43, "64m"),
+           ("[0.6]*27", 93.19, 73.36, 0.50, "73m"),
+           ("[0.7]*27", 93.36, 87.31, 0.59, "87m"),
+           ("[0.9]*27", 93.44, 111.5, 0.75, "112m"),
+           ("[0.9]*3+[0.1]*20+[0.6]*4", 91.20, 32.47, 0.24, "32m"),
+           ("[0.7]*3+[0.4]*20+[0.9]*4", 92.94, 62.63, 0.48, "63m")),
+    *_rows("filter_sketch", "ResNet-110", "CIFAR-10",
+           ("[0.9]*3+[0.4]*24+[0.3]*24+[0.9]*3", 93.44, 92.84, 0.69, "published_list")),
+    *_rows("filter_sketch", "GoogLeNet", "CIFAR-10", ("[0.25]*9", 94.88, 590, 2.61, "590m")),
+    *_rows("filter_sketch", "ResNet-50", "ImageNet",
+           ("[0.2]*16", 69.43, 930, 7.18, "930m"),
+           ("[0.6]*16", 74.68, 2230, 14.53, "2230m"),
+           ("[0.7]*16", 75.22, 2640, 16.95, "2640m")),
+)
+
+CARDS: tuple[Card, ...] = (
+    Card("hrank", f"{_CALLBACKS}.pruning.hrank.HRank", "pruning",
+         "HRank: Filter Pruning using High-Rank Feature Map",
+         "Mingbao Lin et al.", "CVPR 2020", "2002.10179", status=READY, published=_HRANK),
+    Card("filter_sketch", f"{_CALLBACKS}.pruning.filter_sketch.FilterSketch", "pruning",
+         "Filter Sketch for Network Pruning",
+         "Mingbao Lin et al.", "IEEE TNNLS 2022", "2001.08514", status=READY, published=_FILTER_SKETCH),
+    Card("l1_norm", f"{_CALLBACKS}.pruning.l1_norm.L1Norm", "pruning",
+         "Pruning Filters for Efficient ConvNets",
+         "Hao Li et al.", "ICLR 2017", "1608.08710", status=READY),
+    Card("random_channels", f"{_CALLBACKS}.pruning.random_channels.RandomChannels", "pruning",
+         "Recovering from Random Pruning: On the Plasticity of Deep Convolutional Neural Networks",
+         "Deepak Mittal et al.", "WACV 2018", "1801.10447", status=READY),
+    Card("abc_pruner", f"{_CALLBACKS}.pruning.abc_pruner.ABCPruner", "pruning",
+         "Channel Pruning via Automatic Structure Search",
+         "Mingbao Lin et al.", "IJCAI 2020", "2001.08565"),
+    Card("white_box", f"{_CALLBACKS}.pruning.white_box.WhiteBox", "pruning",
+         "Carrying out CNN Channel Pruning in a White Box",
+         "Yuxin Zhang et al.", "IEEE TNNLS 2023", "2104.11883"),
+    Card("ssr", f"{_CALLBACKS}.pruning.ssr.SSR", "pruning",
+         "Toward Compact ConvNets via Structure-Sparsity Regularized Filter Pruning",
+         "Shaohui Lin et al.", "IEEE TNNLS 2020", "1901.07827"),
+    Card("kse", f"{_CALLBACKS}.pruning.kse.KSE", "pruning",
+         "Exploiting Kernel Sparsity and Entropy for Interpretable CNN Compression",
+         "Yuchao Li et al.", "CVPR 2019", "1812.04368"),
+    Card("architecture_decoupling", f"{_CALLBACKS}.pruning.architecture_decoupling.ArchitectureDecoupling",
+         "pruning",
+         "Interpretable Neural Network Decoupling",
+         "Yuchao Li et al.", "ECCV 2020", "1906.01166"),
+    Card("gal", f"{_MODULES}.pruning.gal.GAL", "pruning",
+         "Towards Optimal Structured CNN Pruning via Generative Adversarial Learning",
+         "Shaohui Lin et al.", "CVPR 2019", "1903.09291"),
+    Card("dmad", f"{_CALLBACKS}.pruning.dmad.DMAD", "pruning",
+         "Learning Efficient GANs for Image Translation via Differentiable Masks and co-Attention "
+         "Distillation",
+         "Shaojie Li et al.", "IEEE TMM 2022", "2011.08382", also=("CoAttentionDistillation",)),
+    Card("magnitude_pruning", f"{_CALLBACKS}.sparsity.magnitude_pruning.MagnitudePruning", "sparsity",
+         "Learning both Weights and Connections for Efficient Neural Networks",
+         "Song Han et al.", "NeurIPS 2015", "1506.02626"),
+    Card("lottery_jackpots", f"{_CALLBACKS}.sparsity.lottery_jackpots.LotteryJackpots", "sparsity",
+         "Lottery Jackpots Exist in Pre-trained Models",
+         "Yuxin Zhang et al.", "IEEE TPAMI 2023", "2104.08700"),
+    Card("lbc", f"{_CALLBACKS}.sparsity.lbc.LBC", "sparsity",
+         "Learning Best Combination for Efficient N:M Sparsity",
+         "Yuxin Zhang et al.", "NeurIPS 2022", "2206.06662"),
+    Card("pcnn", f"{_CALLBACKS}.sparsity.pcnn.PCNN", "sparsity",
+         "PCNN: Pattern-based Fine-Grained Regular Pruning towards Optimizing CNN Accelerators",
+         "Zhanhong Tan et al.", "DAC 2020", "2002.04997"),
+    Card("pconv", f"{_CALLBACKS}.sparsity.pconv.PCONV", "sparsity",
+         "PCONV: The Missing but Desirable Sparsity in DNN Weight Pruning for Real-time Execution "
+         "on Mobile Devices",
+         "Xiaolong Ma et al.", "AAAI 2020", "1909.05073"),
+    Card("pattern_pruning", f"{_CALLBACKS}.sparsity.pattern_pruning.PatternPruning", "sparsity",
+         "An Image Enhancing Pattern-based Sparsity for Real-time Inference on Mobile Devices",
+         "Xiaolong Ma et al.", "ECCV 2020", "2001.07710"),
+    Card("admm_nn", f"{_CALLBACKS}.sparsity.admm_nn.ADMMNN", "sparsity",
+         "Non-Structured DNN Weight Pruning – Is It Beneficial in Any Platform?",
+         "Xiaolong Ma et al.", "IEEE TNNLS 2021", "1907.02124"),
+    Card("low_rank_winograd", f"{_CALLBACKS}.sparsity.low_rank_winograd.LowRankWinograd", "sparsity",
+         "Low-Rank Winograd Transformation for 3D Convolutional Neural Networks",
+         "Ziran Qin, Mingbao Lin, Weiyao Lin", "2023", "2301.11180"),
+    Card("wavelet_compression", f"{_CALLBACKS}.sparsity.wavelet_compression.WaveletCompression", "sparsity",
+         "Neural network compression via learnable wavelet transforms",
+         "Moritz Wolter, Shaohui Lin, Angela Yao", "ICANN 2020", "2004.09569"),
+    Card("rbnn", f"{_CALLBACKS}.quantization.rbnn.RBNN", "quantization",
+         "Rotated Binary Neural Network",
+         "Mingbao Lin et al.", "NeurIPS 2020", "2009.13055"),
+    Card("siman", f"{_CALLBACKS}.quantization.siman.SiMaN", "quantization",
+         "SiMaN: Sign-to-Magnitude Network Binarization",
+         "Mingbao Lin et al.", "IEEE TPAMI 2023", "2102.07981"),
+    Card("pams", f"{_CALLBACKS}.quantization.pams.PAMS", "quantization",
+         "PAMS: Quantized Super-Resolution via Parameterized Max Scale",
+         "Huixia Li et al.", "ECCV 2020", "2011.04212"),
+    Card("dgms", f"{_CALLBACKS}.quantization.dgms.DGMS", "quantization",
+         "Finding the Task-Optimal Low-Bit Sub-Distribution in Deep Neural Networks",
+         "Runpei Dong et al.", "ICML 2022", "2112.15139"),
+    Card("lts", f"{_CALLBACKS}.quantization.lts.LTS", "quantization",
+         "Exploiting the Partly Scratch-off Lottery Ticket for Quantization-Aware Training",
+         "Yunshan Zhong et al.", "2022", "2211.08544", also=("QAT",)),
+    Card("knowledge_distillation",
+         f"{_CALLBACKS}.distillation.knowledge_distillation.KnowledgeDistillation", "distillation",
+         "Distilling the Knowledge in a Neural Network",
+         "Geoffrey Hinton, Oriol Vinyals, Jeff Dean", "2015", "1503.02531"),
+    Card("kcd", f"{_CALLBACKS}.distillation.kcd.KCD", "distillation",
+         "Knowledge Condensation Distillation",
+         "Chenxin Li et al.", "ECCV 2022", "2207.05409"),
+    Card("wavelet_distillation", f"{_CALLBACKS}.distillation.wavelet_distillation.WaveletDistillation",
+         "distillation",
+         "Wavelet Knowledge Distillation: Towards Efficient Image-to-Image Translation",
+         "Linfeng Zhang et al.", "CVPR 2022", "2203.06321"),
+    Card("variational_distillation",
+         f"{_CALLBACKS}.distillation.variational_distillation.VariationalDistillation", "distillation",
+         "Farewell to Mutual Information: Variational Distillation for Cross-Modal Person "
+         "Re-Identification",
+         "Xudong Tian et al.", "CVPR 2021", "2104.02862", also=("CrossModalReID",)),
+    Card("ffsd", f"{_MODULES}.distillation.ffsd.FFSD", "distillation",
+         "Distilling a Powerful Student Model via Online Knowledge Distillation",
+         "Shaojie Li et al.", "IEEE TNNLS 2022", "2103.14473"),
+    Card("online_distillation", f"{_MODULES}.distillation.online_distillation.OnlineDistillation",
+         "distillation",
+         "Training convolutional neural networks with cheap convolutions and online distillation",
+         "Jiao Xie et al.", "2019", "1909.13063"),
+    Card("cycle_gan", f"{_MODULES}.translation.cycle_gan.CycleGAN", "translation",
+         "Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial Networks",
+         "Jun-Yan Zhu et al.", "ICCV 2017", "1703.10593"),
+    Card("pix2pix", f"{_MODULES}.translation.pix2pix.Pix2Pix", "translation",
+         "Image-to-Image Translation with Conditional Adversarial Networks",
+         "Phillip Isola et al.", "CVPR 2017", "1611.07004"),
+    Card("dcd", f"{_MODULES}.translation.dcd.DCD", "translation",
+         "Discriminator-Cooperated Feature Map Distillation for GAN Compression",
+         "Tie Hu et al.", "CVPR 2023", "2212.14169"),
+    Card("crd", f"{_MODULES}.translation.crd.CRD", "translation",
+         "Exploring Content Relationships for Distilling Efficient GANs",
+         "Lizhou You et al.", "2022", "2212.11091"),
+    Card("hisd", f"{_MODULES}.translation.hisd.HiSD", "translation",
+         "Image-to-image Translation via Hierarchical Style Disentanglement",
+         "Xinyang Li et al.", "CVPR 2021", "2103.01456"),
+    Card("hqss", f"{_MODULES}.shadow.hqss.HQSS", "shadow",
+         "Shadow Removal by High-Quality Shadow Synthesis",
+         "Yunshan Zhong et al.", "2022", "2212.04108"),
+    Card("lab_net", f"{_MODULES}.shadow.lab_net.LABNet", "shadow",
+         "LAB-Net: LAB Color-Space Oriented Lightweight Network for Shadow Removal",
+         "Hong Yang et al.", "2022", "2208.13039"),
+    Card("dlct", f"{_MODULES}.captioning.dlct.DLCT", "captioning",
+         "Dual-Level Collaborative Transformer for Image Captioning",
+         "Yunpeng Luo et al.", "AAAI 2021", "2101.06462"),
+    Card("get", f"{_MODULES}.captioning.get.GET", "captioning",
+         "Improving Image Captioning by Leveraging Intra- and Inter-layer Global Representation in "
+         "Transformer Network",
+         "Jiayi Ji et al.", "AAAI 2021", "2012.07061"),
+    Card("supervit", f"{_MODULES}.transformers.supervit.SuperViT", "transformers",
+         "Super Vision Transformer",
+         "Mingbao Lin et al.", "IJCV 2023", "2205.11397"),
+    Card("smmix", f"{_MODULES}.transformers.smmix.SMMix", "transformers",
+         "SMMix: Self-Motivated Image Mixing for Vision Transformers",
+         "Mengzhao Chen et al.", "ICCV 2023", "2212.12977"),
+    Card("multi_glimpse", f"{_MODULES}.glimpse.multi_glimpse.MultiGlimpse", "glimpse",
+         "Multi-Glimpse Network: A Robust and Efficient Classification Architecture based on "
+         "Recurrent Downsampled Attention",
+         "Sia Huat Tan, Runpei Dong, Kaisheng Ma", "BMVC 2021", "2111.02018"),
+    Card("hmoh", f"{_MODULES}.hashing.hmoh.HMOH", "hashing",
+         "Hadamard Matrix Guided Online Hashing",
+         "Mingbao Lin et al.", "IJCV 2020", "1905.04454"),
+    Card("sdoh", f"{_MODULES}.hashing.sdoh.SDOH", "hashing",
+         "Supervised Online Hashing via Similarity Distribution Learning",
+         "Mingbao Lin et al.", "2019", "1905.13382"),
+    Card("fcoh", f"{_MODULES}.hashing.fcoh.FCOH", "hashing",
+         "Fast Class-wise Updating for Online Hashing",
+         "Mingbao Lin et al.", "IEEE TPAMI 2022", "2012.00318"),
+    Card("hcdh", f"{_MODULES}.hashing.hcdh.HCDH", "hashing",
+         "Hadamard Codebook Based Deep Hashing",
+         "Shen Chen et al.", "2019", "1910.09182"),
+    Card("afec", f"{_CALLBACKS}.training.afec.AFEC", "training",
+         "AFEC: Active Forgetting of Negative Transfer in Continual Learning",
+         "Liyuan Wang et al.", "NeurIPS 2021", "2110.12187", also=("EWC", "MAS", "SI", "RWalk")),
+    Card("frequency_filters", f"{_CALLBACKS}.training.frequency_filters.FrequencyFilters", "training",
+         "Exploring Frequency Domain Interpretation of Convolutional Neural Networks",
+         "Zhongfan Jia, Chenglong Bao, Kaisheng Ma", "2019", "1911.12044"),
+    Card("calibrator", f"{_MODULES}.adaptation.calibrator.Calibrator", "adaptation",
+         "Light-weight Calibrator: A Separable Component for Unsupervised Domain Adaptation",
+         "Shaokai Ye et al.", "CVPR 2020", "1911.12796"),
+    Card("topk_comm", "lightning_compress.distributed.topk.TopKState", "distributed",
+         "Towards Scalable Distributed Training of Deep Learning on Public Cloud Clusters",
+         "Shaohuai Shi et al.", "MLSys 2021", "2010.10458",
+         also=("SparseDDPStrategy", "LARS", "CachedDataset")),
+)
+# fmt: on

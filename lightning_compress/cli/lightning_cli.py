@@ -1,0 +1,134 @@
+"""`lc fit`, `validate`, `test`, `predict`: LightningCLI with this package's classes and configs at hand."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from functools import update_wrapper
+from types import MethodType
+from typing import Any, NoReturn
+
+from jsonargparse import ActionConfigFile
+from lightning.pytorch import LightningModule
+from lightning.pytorch import cli as lightning
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+# Short class names resolve for classes that are imported.
+from lightning_compress import __version__, callbacks, datamodules, modules  # noqa: F401
+from lightning_compress.cli.configs import find_config
+from lightning_compress.cli.errors import explain
+from lightning_compress.cli.main import fail
+
+
+def main(args: Sequence[str]) -> None:
+    """Run a Trainer command; errors that this package raises itself end it without a traceback.
+
+    Args:
+        args: command line without the program's name, command first.
+
+    Raises:
+        SystemExit: with code 2 for a wrong command line, config or argument.
+    """
+    try:
+        CompressCLI(args=list(args))
+    except (MisconfigurationException, ValueError) as error:
+        if _raised_here(error):
+            sys.exit(fail(str(error)))
+        raise
+
+
+def _raised_here(error: Exception) -> bool:
+    """Whether our own code raised this: then its message is complete, and a traceback only hides it."""
+    traceback = error.__traceback__
+    while traceback and traceback.tb_next:
+        traceback = traceback.tb_next
+    return bool(traceback) and traceback.tb_frame.f_globals["__name__"].startswith("lightning_compress")
+
+
+class PackagedConfig(ActionConfigFile):
+    """`--config`: a path, or the short name of a packaged config."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if re.fullmatch(r"[\w./\\~:-]+", values):  # otherwise it is YAML, given in place
+            try:
+                values = str(find_config(values))
+            except ValueError as error:
+                parser.error(str(error), error)
+        super().__call__(parser, namespace, values, option_string)
+
+
+class CompressParser(lightning.LightningArgumentParser):
+    """Parser whose errors are one line that names the nearest valid words."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        self.exit(fail(f"{explain(message)} See {self.prog.split(' [')[0]} --help."))
+
+
+class CompressCLI(lightning.LightningCLI):
+    """LightningCLI for every LightningModule and datamodule, with `RestoreCompressed` always there.
+
+    Args:
+        args: command line without the program's name, command first.
+        run: False only builds `.model`, `.datamodule` and `.trainer` (then no command comes first).
+    """
+
+    def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
+        super().__init__(
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            # Without it a checkpoint of a pruned network does not fit the network that the config builds.
+            trainer_defaults={"callbacks": callbacks.RestoreCompressed()},
+            seed_everything_default=0,
+            parser_class=CompressParser,
+            parser_kwargs={"prog": "lc"} if run else {},
+            args=args,
+            run=run,
+        )
+
+    def init_parser(self, **kwargs: Any) -> lightning.LightningArgumentParser:
+        kwargs.setdefault("dump_header", [f"lightning-compress=={__version__}"])
+        parser = self.parser_class(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action=PackagedConfig, help="A YAML file, or the name of a packaged config."
+        )
+        return parser
+
+    def parse_arguments(self, parser: lightning.LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the config as it is.
+
+        Lightning lets the checkpoint's settings overrule it: a second stage with another learning rate would
+        silently run with the old one.
+        """
+
+    def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
+        """Build `--optimizer` when the Trainer asks for it, not here.
+
+        Lightning builds it at once, before any callback's `setup`; layers that a callback replaces there would
+        be trained as orphans.
+        """
+        optimizer = self._get(self.config_init, "optimizer")
+        if not optimizer:
+            return
+        build = _BuildOptimizers(optimizer, self._get(self.config_init, "lr_scheduler"))
+        update_wrapper(build, self.configure_optimizers)  # is_overridden looks for it
+        self.model.configure_optimizers = MethodType(build, self.model)
+
+
+class _BuildOptimizers:
+    """`configure_optimizers` from parsed settings; a class, so that spawned processes can unpickle it."""
+
+    def __init__(self, optimizer: Any, lr_scheduler: Any) -> None:
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+
+    def __call__(self, model: LightningModule) -> Any:
+        optimizer = lightning.instantiate_class(model.parameters(), self.optimizer)
+        scheduler = self.lr_scheduler and lightning.instantiate_class(optimizer, self.lr_scheduler)
+        return CompressCLI.configure_optimizers(model, optimizer, scheduler or None)

@@ -1,0 +1,87 @@
+"""One input of a network, found without asking the user where possible."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lightning_compress.core.meta import as_inputs
+
+REMEDY = "Set `self.example_input_array = torch.zeros(1, ...)` in the LightningModule's __init__: one input of its forward."
+
+
+def find_example_input(trainer: Trainer, pl_module: LightningModule) -> Any:
+    """Find one sample of what ``pl_module.forward`` takes.
+
+    Its ``example_input_array`` if it has one, else from the first training batch (of the datamodule, of the loaders
+    given to ``fit``, or of the module itself), after the batch transfer hooks: the first tensor of the batch, that
+    is ``x`` of ``(x, y)`` and the first value of a dict. The random state is left as it was.
+
+    Returns:
+        A tensor ``(1, ...)``; a tuple or dict of such tensors if that is what ``example_input_array`` holds.
+
+    Raises:
+        MisconfigurationException: there is neither, or the batch has no tensor.
+    """
+    given = pl_module.example_input_array
+    if given is not None:
+        return tree_map_only(Tensor, _first_sample, given)
+    source = trainer.fit_loop._data_source
+    if source.instance is None or not source.is_defined():
+        raise MisconfigurationException(
+            f"No example input: {type(pl_module).__name__} has no `example_input_array`, and there is no training"
+            f" data to take one from. {REMEDY}"
+        )
+    with isolate_rng(include_cuda=torch.cuda.is_available()):
+        batch = _first_batch(source.dataloader())
+        batch = pl_module._on_before_batch_transfer(batch)
+        batch = pl_module._apply_batch_transfer_handler(batch, _device(pl_module))
+    tensor = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), None)
+    if tensor is None:
+        raise MisconfigurationException(
+            f"No example input: the first training batch is a {type(batch).__name__} without a tensor. {REMEDY}"
+        )
+    return _first_sample(tensor)
+
+
+def inputs_for(module: nn.Module, example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments ``(args, kwargs)`` for ``module``: on its device, floating point tensors in its dtype.
+
+    >>> args, kwargs = inputs_for(nn.Linear(4, 2).bfloat16(), (1, 4))
+    >>> args[0].dtype, kwargs
+    (torch.bfloat16, {})
+    """
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+    device = _device(module)
+    return tree_map_only(
+        Tensor,
+        lambda t: t.to(device, dtype if t.is_floating_point() else None),
+        as_inputs(example_input),
+    )
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+
+
+def _first_sample(tensor: Tensor) -> Tensor:
+    return tensor[:1].detach() if tensor.ndim else tensor.detach()
+
+
+def _first_batch(loaders: Any) -> Any:
+    """The first batch of a loader, or of the first loader in a collection of them."""
+    while isinstance(loaders, (Mapping, Sequence)):
+        loaders = next(iter(loaders.values() if isinstance(loaders, Mapping) else loaders))
+    generator = getattr(loaders, "generator", None)
+    state = generator.get_state() if generator is not None else None
+    batch = next(iter(loaders))
+    if state is not None:
+        generator.set_state(state)
+    return batch

@@ -1,0 +1,59 @@
+"""Write a captured program as an ONNX file and run it with ONNX Runtime.
+
+Needs the extra ``export`` (onnx, onnxscript, onnxruntime); importing this file needs none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
+
+HOW_TO_GET = "pip install 'lightning-compress[export]'"
+
+
+def missing() -> list[str]:
+    """The packages of the extra that are not installed.
+
+    >>> missing()
+    []
+    """
+    return [package for package in ("onnx", "onnxscript", "onnxruntime") if find_spec(package) is None]
+
+
+def save_onnx(program: ExportedProgram, path: Path) -> None:
+    """Write ``program`` as one ONNX file; above ONNX's limit of 2 GB its weights go to ``<path>.data``.
+
+    Inputs keep the names of the forward's arguments, an open first dimension is called ``batch``, and a single
+    output is called ``output``.
+    """
+    onnx_program = torch.onnx.export(program, dynamo=True, verbose=False)
+    assert onnx_program is not None
+    graph = onnx_program.model.graph
+    if len(graph.outputs) == 1:
+        graph.outputs[0].name = "output"
+    symbol = next(
+        (value.shape[0] for value in graph.inputs if value.shape and not isinstance(value.shape[0], int)),
+        None,
+    )
+    for value in (*graph.inputs, *graph.outputs):
+        for axis, size in enumerate(value.shape or ()):
+            if symbol is not None and size == symbol:
+                value.shape[axis] = "batch"
+    onnx_program.save(path)
+
+
+def run_onnx(path: Path, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Run an ONNX file in ONNX Runtime on the CPU: the tensors it puts out, in order."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    tensors = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
+    feed = {entry.name: tensor.numpy() for entry, tensor in zip(session.get_inputs(), tensors, strict=True)}
+    return [torch.from_numpy(array) for array in session.run(None, feed)]

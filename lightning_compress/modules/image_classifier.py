@@ -1,0 +1,152 @@
+"""Train any image network to tell classes apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torchmetrics.classification import MulticlassAccuracy
+
+
+class ImageClassifier(LightningModule):
+    """Cross-entropy training of a network that maps images, (N, C, H, W), to logits, (N, num_classes).
+
+    Batches are (images, labels). Logs ``train/loss``, ``train/acc``, ``val/loss``, ``val/acc``,
+    ``test/loss`` and ``test/acc``, averaged over the epoch; `predict_step` returns probabilities.
+
+    Args:
+        network: the network, or a name for `lightning_compress.networks.find.build`, which then gets
+            ``num_classes`` and, where it takes them, the channels of ``input_shape``.
+        num_classes: number of classes.
+        optimizer: makes the optimiser from the parameters. The default is the usual one for CIFAR.
+        lr_scheduler: makes the schedule from the optimiser.
+        lr_scheduler_interval: whether the schedule advances every ``"epoch"`` or every ``"step"``.
+        label_smoothing: share of each target spread over all classes, in training alone.
+        weights: file to load into the network, see `lightning_compress.networks.find.load_weights`.
+        input_shape: (channels, height, width) of an image, for `example_input_array`.
+        channels_last: whether to compute in the channels-last memory format.
+
+    Raises:
+        ValueError: an argument out of range, an unknown network, weights that do not fit.
+        MisconfigurationException: the datamodule has other classes or image shapes, or batches lack labels.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module | str,
+        num_classes: int = 10,
+        optimizer: OptimizerCallable = lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=5e-4),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler_interval: str = "epoch",
+        label_smoothing: float = 0.0,
+        weights: str | None = None,
+        input_shape: tuple[int, int, int] = (3, 32, 32),
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        if lr_scheduler_interval not in ("epoch", "step"):
+            raise ValueError(
+                f"lr_scheduler_interval: expected 'epoch' or 'step', got {lr_scheduler_interval!r}."
+            )
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing: expected a share in [0, 1), got {label_smoothing}.")
+        # only plain values go into checkpoints, so that they load with weights_only=True
+        ignore = ["optimizer", "lr_scheduler", "weights"] + ["network"] * isinstance(network, nn.Module)
+        self.save_hyperparameters(ignore=ignore)
+        self.network = _build(network, num_classes, input_shape[0]) if isinstance(network, str) else network
+        if weights is not None:
+            from lightning_compress.networks.find import load_weights
+
+            load_weights(self.network, weights)
+        if channels_last:
+            self.network.to(memory_format=torch.channels_last)
+        self.num_classes = num_classes
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.lr_scheduler_interval = lr_scheduler_interval
+        self.label_smoothing = label_smoothing
+        self.input_shape = tuple(input_shape)
+        self.channels_last = channels_last
+        self.example_input_array = torch.zeros(1, *input_shape)
+        # validating its arguments would make the GPU wait for the CPU at each step
+        self.accuracy = nn.ModuleDict(
+            {
+                f"{split}_acc": MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+                for split in ("train", "val", "test")
+            }
+        )
+
+    def setup(self, stage: str) -> None:
+        datamodule = self.trainer.datamodule
+        for attribute in ("num_classes", "input_shape"):
+            theirs, ours = getattr(datamodule, attribute, None), getattr(self, attribute)
+            if theirs is not None and theirs != ours:
+                raise MisconfigurationException(
+                    f"{attribute}: {type(datamodule).__name__} has {theirs}, ImageClassifier got {ours}."
+                )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits, (N, num_classes)."""
+        if self.channels_last:
+            images = images.to(memory_format=torch.channels_last)
+        return self.network(images)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self._step("train", batch, self.label_smoothing)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._step("val", batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._step("test", batch)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return probabilities, (N, num_classes), for images or (images, labels)."""
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        return self(images).softmax(1)
+
+    def _step(self, split: str, batch: Any, label_smoothing: float = 0.0) -> Tensor:
+        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+            raise MisconfigurationException(
+                f"ImageClassifier: the {split} batches must be (images, labels), got {_describe(batch)}."
+            )
+        images, labels = batch
+        logits = self(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        accuracy = self.accuracy[f"{split}_acc"]
+        accuracy(logits, labels)
+        log = {"on_step": False, "on_epoch": True, "batch_size": len(labels)}
+        self.log(f"{split}/loss", loss, prog_bar=split == "train", sync_dist=split != "train", **log)
+        self.log(f"{split}/acc", accuracy, prog_bar=split != "train", **log)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(self.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        config = {"scheduler": scheduler, "interval": self.lr_scheduler_interval}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            config["monitor"] = getattr(scheduler, "monitor", "val/loss")
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+
+def _build(name: str, num_classes: int, channels: int) -> nn.Module:
+    """Build a network by name; own ones and timm's take the number of input channels."""
+    from lightning_compress.networks.find import OWN, build
+
+    argument = "in_channels" if name in OWN else "in_chans" if name.startswith("timm/") else None
+    return build(name, num_classes=num_classes, **({argument: channels} if argument else {}))
+
+
+def _describe(batch: Any) -> str:
+    if isinstance(batch, Tensor):
+        return f"one tensor of shape {tuple(batch.shape)}"
+    size = f" of {len(batch)}" if hasattr(batch, "__len__") else ""
+    return f"a {type(batch).__name__}{size}"
