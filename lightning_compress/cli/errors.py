@@ -35,7 +35,9 @@ def explain(message: str) -> str:
         r"given class_path '([\w.]+)':\s+(?:No module named|module .* has no attribute)", inner
     ):
         return _no_class(cls[1], key)
-    return message.strip()
+    if re.search(r"arguments are required: (\w+\.)?model", message):
+        return "there is no model: name a config, as in `lc fit --config quickstart`."
+    return message.strip().removesuffix(".") + "."
 
 
 def _expected(report: str) -> list[str]:

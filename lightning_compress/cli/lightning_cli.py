@@ -64,7 +64,7 @@ class CompressParser(lightning.LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
-        self.exit(fail(f"{explain(message)} See {self.prog.split(' [')[0]} --help."))
+        self.exit(fail(explain(message)))
 
 
 class CompressCLI(lightning.LightningCLI):
@@ -110,8 +110,8 @@ class CompressCLI(lightning.LightningCLI):
     def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
         """Build `--optimizer` when the Trainer asks for it, not here.
 
-        Lightning builds it at once, before any callback's `setup`; layers that a callback replaces there would
-        be trained as orphans.
+        Lightning builds it at once, before any callback's `setup`; layers that a callback replaces there
+        would be trained as orphans.
         """
         optimizer = self._get(self.config_init, "optimizer")
         if not optimizer:

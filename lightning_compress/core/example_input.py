@@ -33,14 +33,8 @@ def find_example_input(trainer: Trainer, pl_module: LightningModule) -> Any:
     given = pl_module.example_input_array
     if given is not None:
         return tree_map_only(Tensor, _first_sample, given)
-    source = trainer.fit_loop._data_source
-    if source.instance is None or not source.is_defined():
-        raise MisconfigurationException(
-            f"No example input: {type(pl_module).__name__} has no `example_input_array`, and there is no training"
-            f" data to take one from. {REMEDY}"
-        )
     with isolate_rng(include_cuda=torch.cuda.is_available()):
-        batch = _first_batch(source.dataloader())
+        batch = _first_batch(first_loader(training_loaders(trainer, pl_module)))
         batch = pl_module._on_before_batch_transfer(batch)
         batch = pl_module._apply_batch_transfer_handler(batch, _device(pl_module))
     tensor = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), None)
@@ -75,13 +69,32 @@ def _first_sample(tensor: Tensor) -> Tensor:
     return tensor[:1].detach() if tensor.ndim else tensor.detach()
 
 
-def _first_batch(loaders: Any) -> Any:
-    """The first batch of a loader, or of the first loader in a collection of them."""
+def training_loaders(trainer: Trainer, pl_module: LightningModule) -> Any:
+    """The training loaders that `fit` will use, also in a callback's `setup`, before Lightning asks for them.
+
+    Raises:
+        MisconfigurationException: there are none.
+    """
+    source = trainer.fit_loop._data_source
+    if source.instance is None or not source.is_defined():
+        raise MisconfigurationException(
+            f"No training data: {type(pl_module).__name__} has no `example_input_array`, and there is no train"
+            f" dataloader to take an input from. {REMEDY}"
+        )
+    return source.dataloader()
+
+
+def first_loader(loaders: Any) -> Any:
+    """The loader itself, or the first in a collection of them."""
     while isinstance(loaders, (Mapping, Sequence)):
         loaders = next(iter(loaders.values() if isinstance(loaders, Mapping) else loaders))
-    generator = getattr(loaders, "generator", None)
+    return loaders
+
+
+def _first_batch(loader: Any) -> Any:
+    generator = getattr(loader, "generator", None)
     state = generator.get_state() if generator is not None else None
-    batch = next(iter(loaders))
+    batch = next(iter(loader))
     if state is not None:
         generator.set_state(state)
     return batch

@@ -1,9 +1,8 @@
 """Count what a network costs: multiply-accumulates and parameters, layer by layer, and measured latency.
 
-A MAC is one multiply-accumulate of a convolution, a linear layer or a matrix product (attention included), for
-one image. Nothing else is counted unless the ``paper`` convention asks for it. The forward pass runs on meta
-tensors, which have shapes and no data: it takes milliseconds and no memory, and no fused kernel hides what it
-computes.
+A MAC is one multiply-accumulate of a convolution, a linear layer or a matrix product (attention too), for
+one image. Nothing else is counted unless the ``paper`` convention asks for it. The forward runs on meta
+tensors, which have shapes and no data: it takes milliseconds, no memory, and no fused kernel hides its work.
 """
 
 from __future__ import annotations
@@ -137,8 +136,8 @@ def profile(module: nn.Module, example_input: Any, *, convention: str = "macs") 
     """Count MACs and parameters of a module, for one image.
 
     The module's forward runs once in eval mode on the meta device and leaves the module as it was. A module
-    that mixes in tensors which are neither parameters nor buffers, or that looks at values, runs on its own device
-    instead. What a parametrisation computes is not counted, since it is folded into the weight at export.
+    that mixes in tensors which are neither parameters nor buffers, or that looks at values, runs on its own
+    device instead. What a parametrisation computes is not counted: it is folded into the weight at export.
 
     Args:
         module: any module.
@@ -161,23 +160,24 @@ def profile(module: nn.Module, example_input: Any, *, convention: str = "macs") 
         raise ValueError(f"convention must be one of {', '.join(CONVENTIONS)}, got {convention!r}.")
     module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper
     args, kwargs = _one_image(*_arguments(module, example_input))
-    counter = _Counter(module)
-    try:
-        meta = {name: _to_meta(x) for name, x in chain(module.named_parameters(), module.named_buffers())}
-        inputs = tree_map_only(Tensor, _to_meta, (args, kwargs))
-        counter.run(lambda: torch.func.functional_call(module, meta, *inputs))
-    except Exception:  # mixed devices or a look at values; meta kernels report these in many ways
-        device = _device(module)
-        args, kwargs = tree_map_only(Tensor, lambda x: x.to(device), (args, kwargs))
-        counter = _Counter(module)
+    with _divided_kernels():
         try:
-            counter.run(lambda: module(*args, **kwargs))
-        except Exception as error:
-            shapes = [tuple(x.shape) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            raise ValueError(
-                f"example_input does not suit {type(module).__name__}: its forward failed on shapes "
-                f"{shapes} with {type(error).__name__}: {error}"
-            ) from error
+            meta = {name: _to_meta(x) for name, x in chain(module.named_parameters(), module.named_buffers())}
+            inputs = tree_map_only(Tensor, _to_meta, (args, kwargs))
+            counter = _Counter(module)
+            counter.run(lambda: torch.func.functional_call(module, meta, *inputs))
+        except Exception:  # mixed devices or a look at values; meta kernels report these in many ways
+            device = _device(module)
+            args, kwargs = tree_map_only(Tensor, lambda x: x.clone().to(device), (args, kwargs))
+            counter = _Counter(module)
+            try:
+                counter.run(lambda: module(*args, **kwargs))
+            except Exception as error:
+                shapes = [tuple(x.shape) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+                raise ValueError(
+                    f"example_input does not suit {type(module).__name__}: its forward failed on shapes "
+                    f"{shapes} with {type(error).__name__}: {error}"
+                ) from error
     return Profile(counter.layers(), convention)
 
 
@@ -292,13 +292,13 @@ class _Counter(TorchDispatchMode):
             stack.enter_context(_untouched(self.module))
             for name, owner in _owners(self.module).items():
                 module = self.module.get_submodule(name)
+                module._compiled_call_impl = None
                 if isinstance(module, nn.utils.parametrize.ParametrizationList):
                     stack.callback(module.register_forward_pre_hook(self._mute).remove)
                     stack.callback(module.register_forward_hook(self._unmute).remove)
                 elif name == owner:
                     stack.callback(module.register_forward_pre_hook(partial(self._enter, name)).remove)
                     stack.callback(module.register_forward_hook(self._leave).remove)
-            stack.enter_context(_divided_kernels())
             stack.enter_context(self)
             forward()
 
@@ -438,7 +438,10 @@ def _untouched(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _divided_kernels() -> Iterator[None]:
-    """Have attention computed as matrix products, and composite operators come as their parts."""
+    """Have attention computed as matrix products, and composite operators come as their parts.
+
+    In inference mode, or with inference tensors as inputs, they would come undivided.
+    """
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

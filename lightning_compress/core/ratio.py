@@ -113,12 +113,13 @@ def _number(text: str, what: str) -> float:
     return _checked(value, what)
 
 
-def _checked(value: float, what: str) -> float:
+def _checked(value: object, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{what}: expected a number, got {value!r}.")
-    if not 0 <= value < 1:
+    ratio = float(value)
+    if not 0 <= ratio < 1:
         raise ValueError(f"{what}: {value} is outside [0, 1).")
-    return float(value)
+    return ratio
 
 
 def _unreadable(text: str, position: int, expected: str, argument: str) -> ValueError:

@@ -32,7 +32,7 @@ class EpochSampler(DistributedSampler):
     """
 
     def __iter__(self) -> Iterator[int]:
-        first = self.epoch * len(self.dataset)
+        first = self.epoch * len(self.dataset)  # type: ignore[arg-type]
         return (first + index for index in super().__iter__())
 
 
@@ -74,7 +74,8 @@ class ImageArrays(Dataset):
         images: (N, C, H, W), uint8.
         labels: (N,), int64.
         indices: the images that belong to this split, int64.
-        mean, std: per channel, for images in [0, 1].
+        mean: per channel, for images in [0, 1].
+        std: likewise.
         augmentation: None for evaluation.
         seed: of the augmentation.
     """
@@ -137,7 +138,8 @@ class ImageData(LightningDataModule, ABC):
         val_size: held out of the training images for validation: a share below 1 or a number of images.
             0 validates on the test images, as the papers do: then choose nothing by the validation score.
         seed: of the held-out split, the order and the augmentation.
-        mean, std: per channel for images in [0, 1]; None takes the data's own.
+        mean: per channel, for images in [0, 1]; None takes the data's own.
+        std: likewise.
         augment: whether to augment the training images as the papers do.
         download: whether to fetch absent data (once, on one process).
         eval_batch_size: None takes ``batch_size``.
@@ -151,8 +153,8 @@ class ImageData(LightningDataModule, ABC):
     input_shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    augmentation = Augmentation(padding=4, flip=True)
-    source: type | None = None  # torchvision's dataset, where it has one
+    augmentation: Augmentation
+    source: type | None = None  # torchvision's dataset, where it can fetch one
 
     def __init__(
         self,
@@ -190,6 +192,11 @@ class ImageData(LightningDataModule, ABC):
         self.augment = augment
         self.download = download
         self.eval_batch_size = eval_batch_size
+
+    def prepare_data(self) -> None:
+        if self.download and self.source is not None:
+            for train in (True, False):
+                self.source(self.root, train=train, download=True)
 
     @abstractmethod
     def make_splits(self) -> Splits:
@@ -229,13 +236,15 @@ class ImageData(LightningDataModule, ABC):
 
     def split_arrays(self, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> Splits:
         """Make the three splits of (images (N, C, H, W) uint8, labels (N,) int64) pairs."""
+
+        def split(arrays: tuple[Tensor, Tensor], indices: Tensor, augmentation: Augmentation | None = None):
+            return ImageArrays(*arrays, indices, self.mean, self.std, augmentation, self.seed)
+
         rest, held_out = hold_out(train[1], self.val_size, self.seed)
-        norm = {"mean": self.mean, "std": self.std}
-        augmentation = self.augmentation if self.augment else None
-        test_split = ImageArrays(*test, torch.arange(len(test[1])), **norm)
+        test_split = split(test, torch.arange(len(test[1])))
         return Splits(
-            train=ImageArrays(*train, rest, **norm, augmentation=augmentation, seed=self.seed),
-            val=ImageArrays(*train, held_out, **norm) if len(held_out) else test_split,
+            train=split(train, rest, self.augmentation if self.augment else None),
+            val=split(train, held_out) if len(held_out) else test_split,
             test=test_split,
         )
 

@@ -21,7 +21,8 @@ class Digits(ImageData):
         val_size: held out of the 1,547 images that are not for testing: a share below 1 or a number of
             images; 0 validates on the test images.
         seed: of the held-out split, the order and the augmentation.
-        mean, std: per channel for images in [0, 1]; None takes the data's own at 32x32.
+        mean: per channel, for images in [0, 1]; None takes the data's own at 32x32.
+        std: likewise.
         augment: whether to shift the training images.
         eval_batch_size: None takes ``batch_size``.
         size: height and width, enlarged bilinearly once; 8 leaves the scans as they are.

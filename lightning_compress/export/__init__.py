@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -26,12 +27,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lightning_compress.core.example_input import inputs_for
 from lightning_compress.core.inference_copy import has_watchers
 from lightning_compress.core.meta import evaluating
+from lightning_compress.core.units import human
 from lightning_compress.export.onnx import HOW_TO_GET, missing, run_onnx, save_onnx
 from lightning_compress.export.program import capture, portable_copy, run_program, save_program
 
-__all__ = ["Exported", "export"]
+__all__ = ["Exported", "check_format", "export"]
 
-Format = Literal["auto", "onnx", "torch"]
 SUFFIX = {"onnx": ".onnx", "torch": ".pt2"}
 
 
@@ -54,9 +55,10 @@ class Exported:
     dynamic_batch: bool
 
     def __str__(self) -> str:
-        batch = "any batch size" if self.dynamic_batch else "fixed batch size"
+        what = {"onnx": "ONNX", "torch": "torch.export"}[self.format]
+        batch = "any" if self.dynamic_batch else "one"
         return (
-            f"{self.path} ({'ONNX' if self.format == 'onnx' else 'torch.export'}, {self.bytes / 1e6:.2f} MB, {batch},"
+            f"{self.path} ({what}, {human(self.bytes, 'B')}, {batch} batch size,"
             f" differs from eager by at most {self.max_abs_difference:.1e})"
         )
 
@@ -66,7 +68,7 @@ def export(
     path: str | Path,
     example_input: Any,
     *,
-    format: Format = "auto",
+    format: str = "auto",
     atol: float = 1e-4,
     dynamic_batch: bool = True,
 ) -> Exported:
@@ -123,22 +125,29 @@ def export(
     return Exported(path, format, size, difference, dynamic)
 
 
-def _choose(format: str, path: Path) -> str:
-    """The format in which to write ``path``."""
+def check_format(format: str) -> None:
+    """Raise unless files of this format can be written here; see :func:`export`."""
     if format not in ("auto", *SUFFIX):
         raise ValueError(f"format must be 'auto', 'onnx' or 'torch', got {format!r}")
-    by_suffix = next((f for f, suffix in SUFFIX.items() if suffix == path.suffix), None)
-    if format == "auto":
-        format = by_suffix or ("torch" if missing() else "onnx")
-    elif by_suffix not in (None, format):
-        raise ValueError(
-            f"format={format!r} contradicts path={str(path)!r}: it writes {SUFFIX[format]!r} files"
-        )
     if format == "onnx" and missing():
         raise MisconfigurationException(
-            f"Exporting to ONNX needs {', '.join(missing())}: {HOW_TO_GET}. format='torch' needs nothing more."
+            f"format='onnx' needs {', '.join(missing())}: {HOW_TO_GET}. format='torch' needs nothing more."
         )
-    return format
+
+
+def _choose(format: str, path: Path) -> str:
+    """The format in which to write ``path``."""
+    check_format(format)
+    by_suffix = next((f for f, suffix in SUFFIX.items() if suffix == path.suffix), None)
+    if format != "auto":
+        if by_suffix not in (None, format):
+            raise ValueError(f"format={format!r} writes {SUFFIX[format]!r} files, got path={str(path)!r}")
+        return format
+    if by_suffix is None and missing():
+        rank_zero_info(f"Exporting with torch.export; for ONNX: {HOW_TO_GET}")
+        return "torch"
+    check_format(by_suffix or "onnx")
+    return by_suffix or "onnx"
 
 
 def _capture(clone: nn.Module, inputs: Any, dynamic_batch: bool) -> tuple[ExportedProgram, bool]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -43,7 +44,7 @@ class ImageClassifier(LightningModule):
         num_classes: int = 10,
         optimizer: OptimizerCallable = lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=5e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
-        lr_scheduler_interval: str = "epoch",
+        lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
         label_smoothing: float = 0.0,
         weights: str | None = None,
         input_shape: tuple[int, int, int] = (3, 32, 32),
@@ -74,16 +75,14 @@ class ImageClassifier(LightningModule):
         self.input_shape = tuple(input_shape)
         self.channels_last = channels_last
         self.example_input_array = torch.zeros(1, *input_shape)
-        # validating its arguments would make the GPU wait for the CPU at each step
-        self.accuracy = nn.ModuleDict(
-            {
-                f"{split}_acc": MulticlassAccuracy(num_classes, average="micro", validate_args=False)
-                for split in ("train", "val", "test")
-            }
+        self.train_acc, self.val_acc, self.test_acc = (
+            # its own checks of labels and predictions would make the GPU wait for the CPU at each step
+            MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+            for _ in range(3)
         )
 
     def setup(self, stage: str) -> None:
-        datamodule = self.trainer.datamodule
+        datamodule = getattr(self.trainer, "datamodule", None)
         for attribute in ("num_classes", "input_shape"):
             theirs, ours = getattr(datamodule, attribute, None), getattr(self, attribute)
             if theirs is not None and theirs != ours:
@@ -98,20 +97,22 @@ class ImageClassifier(LightningModule):
         return self.network(images)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self._step("train", batch, self.label_smoothing)
+        return self._step("train", batch, self.train_acc, self.label_smoothing)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._step("val", batch)
+        self._step("val", batch, self.val_acc)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._step("test", batch)
+        self._step("test", batch, self.test_acc)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return probabilities, (N, num_classes), for images or (images, labels)."""
         images = batch if isinstance(batch, Tensor) else batch[0]
         return self(images).softmax(1)
 
-    def _step(self, split: str, batch: Any, label_smoothing: float = 0.0) -> Tensor:
+    def _step(
+        self, split: str, batch: Any, accuracy: MulticlassAccuracy, label_smoothing: float = 0.0
+    ) -> Tensor:
         if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
             raise MisconfigurationException(
                 f"ImageClassifier: the {split} batches must be (images, labels), got {_describe(batch)}."
@@ -119,11 +120,10 @@ class ImageClassifier(LightningModule):
         images, labels = batch
         logits = self(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-        accuracy = self.accuracy[f"{split}_acc"]
-        accuracy(logits, labels)
-        log = {"on_step": False, "on_epoch": True, "batch_size": len(labels)}
-        self.log(f"{split}/loss", loss, prog_bar=split == "train", sync_dist=split != "train", **log)
-        self.log(f"{split}/acc", accuracy, prog_bar=split != "train", **log)
+        accuracy.update(logits, labels)
+        log = partial(self.log, on_step=False, on_epoch=True, batch_size=len(labels))
+        log(f"{split}/loss", loss, prog_bar=split == "train", sync_dist=split != "train")
+        log(f"{split}/acc", accuracy, prog_bar=split != "train")
         return loss
 
     def configure_optimizers(self) -> Any:
@@ -131,7 +131,7 @@ class ImageClassifier(LightningModule):
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
-        config = {"scheduler": scheduler, "interval": self.lr_scheduler_interval}
+        config: dict[str, Any] = {"scheduler": scheduler, "interval": self.lr_scheduler_interval}
         if isinstance(scheduler, ReduceLROnPlateau):
             config["monitor"] = getattr(scheduler, "monitor", "val/loss")
         return {"optimizer": optimizer, "lr_scheduler": config}

@@ -5,6 +5,8 @@ He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -64,17 +66,23 @@ class ChannelShortcut(nn.Module):
             ValueError: if an output channel copies more than one input channel.
         """
         select = self.select
-        if (select.sum(1) > 1).any():
+        if not select.is_meta and (select.sum(1) > 1).any():
             raise ValueError(
                 "select has a row with more than one True: an output channel copies one channel at most."
             )
         alive, index = select.any(1), select.long().argmax(1)
-        first = int(alive.long().argmax())
-        offset = first - int(index[first])
-        if torch.equal(select, _diagonal(*select.shape, offset, device=select.device)):
-            self.offset, self.index, self.alive = offset, None, None
-        else:
-            self.offset, self.index, self.alive = None, index, alive[:, None, None]
+        self.offset, self.index, self.alive = None, index, alive[:, None, None]
+        if not select.is_meta:
+            first = int(alive.long().argmax())
+            offset = first - int(index[first])
+            if torch.equal(select, _diagonal(*select.shape, offset, device=select.device)):
+                self.offset, self.index, self.alive = offset, None, None
+
+    def trace_channels(self, trace: Any, args: tuple[Tensor, ...], out: Tensor) -> None:
+        """Tell the channel graph that input and output are narrowed apart: columns and rows of ``select``."""
+        trace.tie(trace.axis(args[0], 1), trace.axis(self.select, 1))
+        rows = trace.axis(self.select, 0)
+        trace.put(out, [] if rows is None else [rows.reshape(1, -1, 1, 1)])
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, ceil(H / stride), ceil(W / stride))``."""

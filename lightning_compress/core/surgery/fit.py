@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_compress.core.surgery.plan import Cut
 from lightning_compress.core.surgery.record import attach_record
-from lightning_compress.core.surgery.shrink import apply_cuts, carry_optimizer
+from lightning_compress.core.surgery.shrink import carry_optimizer
 
 
 def shrink_in_setup(trainer: Trainer, pl_module: LightningModule, cuts: Sequence[Cut], *, by: str) -> None:
@@ -27,8 +27,7 @@ def shrink_in_setup(trainer: Trainer, pl_module: LightningModule, cuts: Sequence
         MisconfigurationException: the strategy has no plain module, or an average of the weights already exists.
     """
     _check(trainer, by)
-    apply_cuts(pl_module, cuts)
-    attach_record(pl_module).add(cuts, by=by, epoch=trainer.current_epoch)
+    attach_record(pl_module).cut(pl_module, cuts, by=by, epoch=trainer.current_epoch)
 
 
 def shrink_in_fit(trainer: Trainer, cuts: Sequence[Cut], *, by: str) -> None:
@@ -39,12 +38,11 @@ def shrink_in_fit(trainer: Trainer, cuts: Sequence[Cut], *, by: str) -> None:
     """
     _check(trainer, by)
     pl_module = trainer.lightning_module
-    swaps = apply_cuts(pl_module, cuts)
+    swaps = attach_record(pl_module).cut(pl_module, cuts, by=by, epoch=trainer.current_epoch)
     for optimizer in trainer.optimizers:
         carry_optimizer(optimizer, swaps)
     for swap in swaps:
         swap.old.grad = None
-    attach_record(pl_module).add(cuts, by=by, epoch=trainer.current_epoch)
     if isinstance(trainer.strategy, DDPStrategy):
         trainer.strategy.model = pl_module
         trainer.strategy.configure_ddp()

@@ -15,11 +15,11 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.saving import _load_state
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_compress._version import __version__
 from lightning_compress.core.surgery.plan import Cut
-from lightning_compress.core.surgery.shrink import apply_cuts, reshape_tensors
+from lightning_compress.core.surgery.shrink import Swap, apply_cuts, reshape_tensors
 
 # Whoever loads such a checkpoint plainly reads this name in torch's "unexpected key" message.
 NAME = "load_this_with_lightning_compress_load"
@@ -34,11 +34,14 @@ class Record(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.steps: list[Step] = []
+        self._unsaved: dict[str, Tensor] = {}  # dense values of cut buffers that no state dict brings back
         self.register_state_dict_post_hook(_leave_out_if_empty)
 
-    def add(self, cuts: Sequence[Cut], *, by: str, epoch: int) -> None:
-        """Note cuts that were just made."""
+    def cut(self, module: nn.Module, cuts: Sequence[Cut], *, by: str, epoch: int) -> list[Swap]:
+        """Cut `module` and note it: `by` whom, in which `epoch`."""
+        swaps = self._apply(module, cuts)
         self.steps.append({"by": by, "epoch": epoch, "cuts": [tuple(c) for c in cuts]})
+        return swaps
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"version": __version__, "steps": self.steps}
@@ -53,10 +56,18 @@ class Record(nn.Module):
         """
         done = len(self.steps) if _same(self.steps, steps[: len(self.steps)]) else 0
         if self.steps and not done:
-            reshape_tensors(module, self._dense_shapes(module))
+            reshape_tensors(module, self._dense_shapes(module), self._unsaved)
         for step in steps[done:]:
-            apply_cuts(module, [Cut(*c) for c in step["cuts"]])
+            self._apply(module, [Cut(*c) for c in step["cuts"]])
         self.steps = list(steps)
+
+    def _apply(self, module: nn.Module, cuts: Sequence[Cut]) -> list[Swap]:
+        swaps = apply_cuts(module, cuts)
+        for swap in swaps:
+            owner, _, key = swap.name.rpartition(".")
+            if key in module.get_submodule(owner)._non_persistent_buffers_set:
+                self._unsaved.setdefault(swap.name, swap.old)
+        return swaps
 
     def _dense_shapes(self, module: nn.Module) -> dict[str, list[int]]:
         shapes = {n: list(t.shape) for n, t in [*module.named_parameters(), *module.named_buffers()]}

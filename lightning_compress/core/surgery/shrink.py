@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,10 +59,11 @@ def undo(module: nn.Module, swaps: Sequence[Swap]) -> None:
     _replace(module, {id(s.new): s.old for s in swaps})
 
 
-def reshape_tensors(module: nn.Module, shapes: dict[str, torch.Size]) -> None:
-    """Give tensors other shapes, filled with zeros: room for values that are about to be loaded."""
+def reshape_tensors(module: nn.Module, shapes: Mapping[str, Sequence[int]], values: Mapping[str, Tensor]) -> None:
+    """Give tensors other shapes: those of `values` where named there, else zeros, room for what will be loaded."""
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    _replace(module, {id(own[n]): _like(own[n], own[n].new_zeros(s)) for n, s in shapes.items() if n in own})
+    room = {n: values[n].to(own[n].device) if n in values else own[n].detach().new_zeros(s) for n, s in shapes.items()}
+    _replace(module, {id(own[n]): _like(own[n], value) for n, value in room.items()})
 
 
 def slice_tensor(tensor: Tensor, cuts: Iterable[Cut]) -> Tensor:

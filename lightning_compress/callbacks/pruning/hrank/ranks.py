@@ -52,9 +52,9 @@ def feature_map_rank(features: Tensor) -> Tensor:
     """
     if features.dim() != 4 or 0 in features.shape[2:]:
         raise ValueError(f"features must be of shape (N, C, H, W), got {tuple(features.shape)}.")
-    if not features.isfinite().all():
-        raise ValueError("features must be finite, got NaN or infinity: the network's weights are broken.")
     maps = features.detach().float().flatten(0, 1)
+    if not maps.sum(dtype=torch.float64).isfinite():  # an eighth of the cost of isfinite().all()
+        raise ValueError("features must be finite, got NaN or infinity: the network's weights are broken.")
     if not maps.is_cuda:
         maps = maps.cpu()
     height, width = maps.shape[1:]
