@@ -19,12 +19,14 @@ from lightning_compress.export import Exported, check_format, export
 class ExportCompressed(Callback):
     """Write the module's forward as ONNX or as a torch.export program into the run's folder.
 
-    It happens in ``on_fit_end``, on rank 0, with the weights at that time. Callbacks that still change the module
-    there must stand before this one in the list. The file is compared with the eager module on random input; the
-    fit fails with a RuntimeError if they differ. With ``fast_dev_run`` the file is written, compared and removed.
+    It happens in ``on_fit_end``, on rank 0, with the weights at that time. Callbacks that still change the
+    module there must stand before this one in the list. The file is compared with the eager module on random
+    input; the fit fails with a RuntimeError if they differ. With ``fast_dev_run`` the file is written,
+    compared and removed.
 
     Args:
-        format: ``"onnx"``, which needs the extra ``export``; ``"torch"``; or ``"auto"``: ONNX where it is installed.
+        format: ``"onnx"``, which needs the extra ``export``; ``"torch"``; or ``"auto"``: ONNX where it is
+            installed.
         filename: name of the file, without a suffix.
 
     Attributes:

@@ -24,7 +24,7 @@ def explain(message: str) -> str:
         return f"there is no option {option[1]!r}.{did_you_mean(option[1], known)}"
     if argument := re.search(r"given class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted", inner):
         return _no_argument(*argument.groups())
-    given = re.search(r"Given value: (.*)", inner)
+    given = re.search(r"(?:Given|Got) value: (.*)", inner)
     if expected := _expected(inner):
         value = re.sub(r"NestedArg\(key='.*?', val='(.*)'\)", r"\1", given[1]) if given else ""
         names = re.findall(r"'([^']+)'", " ".join(expected))

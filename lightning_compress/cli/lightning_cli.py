@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from functools import update_wrapper
+from inspect import signature
+from pydoc import locate
 from types import MethodType
 from typing import Any, NoReturn
 
-from jsonargparse import ActionConfigFile
-from lightning.pytorch import LightningModule
+from jsonargparse import ActionConfigFile, ArgumentParser
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch import cli as lightning
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 # Short class names resolve for classes that are imported.
 from lightning_compress import __version__, callbacks, datamodules, modules  # noqa: F401
@@ -20,30 +20,12 @@ from lightning_compress.cli.configs import find_config
 from lightning_compress.cli.errors import explain
 from lightning_compress.cli.main import fail
 
+FROM_DATA = ("num_classes", "input_shape")
+
 
 def main(args: Sequence[str]) -> None:
-    """Run a Trainer command; errors that this package raises itself end it without a traceback.
-
-    Args:
-        args: command line without the program's name, command first.
-
-    Raises:
-        SystemExit: with code 2 for a wrong command line, config or argument.
-    """
-    try:
-        CompressCLI(args=list(args))
-    except (MisconfigurationException, ValueError) as error:
-        if _raised_here(error):
-            sys.exit(fail(str(error)))
-        raise
-
-
-def _raised_here(error: Exception) -> bool:
-    """Whether our own code raised this: then its message is complete, and a traceback only hides it."""
-    traceback = error.__traceback__
-    while traceback and traceback.tb_next:
-        traceback = traceback.tb_next
-    return bool(traceback) and traceback.tb_frame.f_globals["__name__"].startswith("lightning_compress")
+    """Run a Trainer command: `args` is the command line without the program's name, command first."""
+    CompressCLI(args=args)
 
 
 class PackagedConfig(ActionConfigFile):
@@ -106,6 +88,21 @@ class CompressCLI(lightning.LightningCLI):
         Lightning lets the checkpoint's settings overrule it: a second stage with another learning rate would
         silently run with the old one.
         """
+
+    def before_instantiate_classes(self) -> None:
+        """Take the model's classes and input shape from the data, where the config leaves their defaults."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        model, data = config.get("model"), config.get("data")
+        if not (model and data):
+            return
+        parser = ArgumentParser()
+        parser.add_subclass_arguments(LightningDataModule, "data")
+        datamodule = parser.instantiate_classes(parser.parse_object({"data": data})).data
+        defaults = signature(locate(model.class_path)).parameters  # type: ignore[arg-type]
+        for name in FROM_DATA:
+            given = model.get("init_args", {}).get(name)
+            if name in defaults and given == defaults[name].default and hasattr(datamodule, name):
+                model.init_args[name] = getattr(datamodule, name)
 
     def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
         """Build `--optimizer` when the Trainer asks for it, not here.

@@ -21,6 +21,9 @@ COMMANDS = {
     "report": "make one HTML page of finished runs",
 }
 
+# By name, since importing Lightning to get at its class would take seconds.
+ARGUMENT_ERRORS = ("ValueError", "FileNotFoundError", "RuntimeError", "MisconfigurationException")
+
 HELP = """\
 usage: lc COMMAND [OPTION...]
 
@@ -41,12 +44,17 @@ def main(args: Sequence[str] | None = None) -> None:
         args: command line without the program's name; None takes it from `sys.argv`.
 
     Raises:
-        SystemExit: with code 2 for a command line that cannot be run, after a message on standard error.
+        SystemExit: with code 2 and a message on standard error, when the command line, a config or an
+            argument cannot be right.
     """
     try:
         _dispatch(sys.argv[1:] if args is None else list(args))
     except BrokenPipeError:  # `lc methods | head`: whoever read this has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        if not _is_complete(error):
+            raise
+        sys.exit(fail(str(error)))
 
 
 def _dispatch(args: list[str]) -> None:
@@ -54,9 +62,8 @@ def _dispatch(args: list[str]) -> None:
     match command:
         case "-h" | "--help":
             width = max(map(len, COMMANDS)) + 2
-            print(
-                HELP.format(commands="\n".join(f"  {name:<{width}}{what}" for name, what in COMMANDS.items()))
-            )
+            commands = "\n".join(f"  {name:<{width}}{what}" for name, what in COMMANDS.items())
+            print(HELP.format(commands=commands), end="")
         case "--version":
             print(f"lightning-compress {__version__}")
         case "methods":
@@ -85,6 +92,15 @@ def _dispatch(args: list[str]) -> None:
             lightning_cli.main(args)
         case _:
             sys.exit(fail(f"unknown command {command!r}.{did_you_mean(command, COMMANDS)} See lc --help."))
+
+
+def _is_complete(error: Exception) -> bool:
+    """Whether the message says it all: this package itself raised the error, about something it was given."""
+    traceback = error.__traceback__
+    while traceback and traceback.tb_next:
+        traceback = traceback.tb_next
+    module = traceback.tb_frame.f_globals["__name__"] if traceback else ""
+    return module.startswith("lightning_compress.") and type(error).__name__ in ARGUMENT_ERRORS
 
 
 def fail(message: str) -> int:

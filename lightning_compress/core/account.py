@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,23 +21,13 @@ from lightning_compress._version import __version__
 from lightning_compress.core import plots
 from lightning_compress.core.measurement import LayerRow, Measurement
 from lightning_compress.core.profile import Latency
-from lightning_compress.core.units import human, span
+from lightning_compress.core.units import TOTALS, human, span
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FILE = "compression.json"
 CONVENTION = "MACs: multiply-accumulates of convolutions, linear layers and matrix products, for one image"
-TOTALS = {  # attribute of Measurement -> (label, unit), in the order of the table
-    "macs": ("MACs", ""),
-    "effective_macs": ("MACs of non-zero weights", ""),
-    "params": ("parameters", ""),
-    "nonzeros": ("non-zero parameters", ""),
-    "bits": ("bits per parameter", ""),
-    "bytes": ("parameters at these bits", "B"),
-    "disk_bytes": ("state_dict on disk", "B"),
-    "latency_ms": ("latency", "ms"),
-}
 STYLE: dict[str, Any] = {
     "box": box.SIMPLE_HEAD,
     "padding": (0, 1, 0, 0),
@@ -75,7 +65,7 @@ class Account:
     versions: dict[str, str] = field(default_factory=_versions)
 
     def layers(self) -> list[Layer]:
-        """``(row, before, after)`` in the order of execution; a layer that came or went has None on one side."""
+        """``(row, before, after)`` in the order of execution; one that came or went has None on one side."""
         before = {row.name: row for row in self.before.rows}
         after = {row.name: row for row in self.after.rows}
         order: dict[str, None] = {}
@@ -95,9 +85,9 @@ class Account:
     def metrics(self) -> dict[str, float]:
         """Numbers for a logger.
 
-        ``compression/macs`` and so on for all of :meth:`totals` after compression, with ``compression/macs_cut``,
-        the share of it that was saved; ``compression/sparsity``, the share of parameters that are zero; and
-        ``compression/speedup``, latency before / after.
+        ``compression/macs`` and so on for all of :meth:`totals` after compression, with
+        ``compression/macs_cut``, the share of it that was saved; ``compression/sparsity``, the share of
+        parameters that are zero; and ``compression/speedup``, latency before / after.
         """
         found: dict[str, float] = {}
         for name, (before, after) in self.totals().items():
@@ -110,9 +100,11 @@ class Account:
         return found
 
     def table(self, max_layers: int = 40) -> RenderableType:
-        """For ``rich.print``: totals, layers (no norms, and not the middle of more than ``max_layers``), notes."""
+        """For ``rich.print``: totals, layers (norms left out, ``max_layers`` at most), notes."""
         lines = [Text(f"• {note}") for note in self.notes]
-        lines += [Text.assemble("• left alone: ", (name, "bold"), f": {why}") for name, why in self.left_alone]
+        lines += [
+            Text.assemble("• left alone: ", (name, "bold"), f": {why}") for name, why in self.left_alone
+        ]
         return Group(self._totals_table(), self._layers_table(max_layers), Padding(Group(*lines), (0, 1)))
 
     __rich__ = table
@@ -208,7 +200,9 @@ class Account:
             style = "green" if after < before else "red" if after > before else "dim"
             change = f"{100 * (after / before - 1):+.1f} %" if before else "n/a"
             ratio = f"{before / after:.2f}×" if after else "∞"
-            table.add_row(label, human(before, unit), human(after, unit), Text(change, style), Text(ratio, style))
+            table.add_row(
+                label, human(before, unit), human(after, unit), Text(change, style), Text(ratio, style)
+            )
         if latency := self.after.latency:
             threads = f", {latency.threads} thread{'s' * (latency.threads > 1)}" if latency.threads else ""
             table.caption = f"latency: a batch of {latency.batch} on {latency.device_name}{threads}, median"
@@ -216,7 +210,9 @@ class Account:
 
     def _layers_table(self, max_layers: int) -> Table:
         layers = [layer for layer in self.layers() if layer[0].kind not in ("batchnorm", "norm")]
-        sparse = any(row.nonzeros < 0.99 * row.params for row, _, _ in layers)  # a bias of zeros is not sparsity
+        sparse = any(
+            row.nonzeros < 0.99 * row.params for row, _, _ in layers
+        )  # a bias of zeros is not sparsity
         quantised = any(before and after and before.bits != after.bits for _, before, after in layers)
         columns = ["width", "macs", "params", *["zeros"] * sparse, *["bits"] * quantised]
         headings = {"width": "channels", "macs": "MACs", "zeros": "zeros %"}
@@ -232,14 +228,18 @@ class Account:
             del layers[start : start + hidden]
             table.caption = f"{hidden} layers in the middle are left out; {FILE} has all"
         for row, before, after in layers:
-            cells = [_zeros(row) if column == "zeros" else _change(before, after, column) for column in columns]
+            cells = [
+                _zeros(row) if column == "zeros" else _change(before, after, column) for column in columns
+            ]
             table.add_row(row.name.removeprefix(prefix) or "(itself)", *cells, _bar(before, after))
         return table
 
 
 def _shared_prefix(layers: list[Layer]) -> str:
     """What all names begin with, up to a dot: mostly the attribute that holds the network."""
-    return "".join(commonprefix([row.name for row, _, _ in layers]).rpartition(".")[:2])
+    paths = zip(*(row.name.split(".")[:-1] for row, _, _ in layers), strict=False)
+    shared = takewhile(lambda parts: len(set(parts)) == 1, paths)
+    return "".join(f"{parts[0]}." for parts in shared)
 
 
 def _totals(measurement: Measurement) -> dict[str, Any]:

@@ -14,15 +14,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_compress.core.meta import as_inputs
 
-REMEDY = "Set `self.example_input_array = torch.zeros(1, ...)` in the LightningModule's __init__: one input of its forward."
+REMEDY = "Set `self.example_input_array = torch.zeros(1, ...)`, an input of forward, in the LightningModule."
 
 
 def find_example_input(trainer: Trainer, pl_module: LightningModule) -> Any:
     """Find one sample of what ``pl_module.forward`` takes.
 
-    Its ``example_input_array`` if it has one, else from the first training batch (of the datamodule, of the loaders
-    given to ``fit``, or of the module itself), after the batch transfer hooks: the first tensor of the batch, that
-    is ``x`` of ``(x, y)`` and the first value of a dict. The random state is left as it was.
+    Its ``example_input_array`` if it has one, else from the first training batch (of the datamodule, of the
+    loaders given to ``fit``, or of the module itself), after the batch transfer hooks: the first tensor of
+    the batch, that is ``x`` of ``(x, y)`` and the first value of a dict. The random state is left as it was.
 
     Returns:
         A tensor ``(1, ...)``; a tuple or dict of such tensors if that is what ``example_input_array`` holds.
@@ -40,7 +40,7 @@ def find_example_input(trainer: Trainer, pl_module: LightningModule) -> Any:
     tensor = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), None)
     if tensor is None:
         raise MisconfigurationException(
-            f"No example input: the first training batch is a {type(batch).__name__} without a tensor. {REMEDY}"
+            f"No example input: the first training batch, a {type(batch).__name__}, has no tensor. {REMEDY}"
         )
     return _first_sample(tensor)
 
@@ -78,8 +78,8 @@ def training_loaders(trainer: Trainer, pl_module: LightningModule) -> Any:
     source = trainer.fit_loop._data_source
     if source.instance is None or not source.is_defined():
         raise MisconfigurationException(
-            f"No training data: {type(pl_module).__name__} has no `example_input_array`, and there is no train"
-            f" dataloader to take an input from. {REMEDY}"
+            f"No training data: {type(pl_module).__name__} has no `example_input_array`, and there is no"
+            f" training dataloader to take an input from. {REMEDY}"
         )
     return source.dataloader()
 

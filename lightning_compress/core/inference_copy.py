@@ -85,7 +85,7 @@ def _is_torchs_own(hook: Any) -> bool:
 
 
 def _not_copied(module: nn.Module) -> dict[int, Any]:
-    """The memo that makes ``deepcopy`` put these objects in place of copies: ``id`` of the original → object."""
+    """A memo for ``deepcopy``: what to put in place of a copy, by ``id`` of the original."""
     memo: dict[int, Any] = {}
     for submodule in module.modules():
         state = vars(submodule)

@@ -29,7 +29,8 @@ class LayerRow:
         effective_macs: those of convolution and linear weights that are not zero; else equal to ``macs``.
         params: parameters; one that layers share counts in the first.
         nonzeros: parameters that are not zero.
-        bits: bits of one weight (tensors of two dimensions and more; of any parameter, if there is no such tensor).
+        bits: bits of one weight (tensors of two dimensions and more; of any parameter, if there is no such
+            tensor).
         bytes: all its parameters, the weights at ``bits`` and the others as they are stored.
     """
 
@@ -98,8 +99,8 @@ def measure(
         module: what to measure, where it is; it is not changed.
         example_input: a tensor, a shape, a tuple of arguments or a dict of keyword arguments.
         latency: also time the forward pass, which takes about a second.
-        bits: bits of the weights by layer, name or glob → bits; later globs win. Layers not named have the bits of
-            their dtype.
+        bits: bits of the weights by layer, name or glob → bits; later globs win. Layers not named have the
+            bits of their dtype.
 
     Raises:
         ValueError: a glob of ``bits`` matches no layer.

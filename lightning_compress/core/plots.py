@@ -1,4 +1,4 @@
-"""Pictures of an account, sized for a README. Needs matplotlib, the extra ``plot``; importing this file does not."""
+"""Pictures of an account, sized for a README. Drawing them needs matplotlib, the extra ``plot``."""
 
 from __future__ import annotations
 

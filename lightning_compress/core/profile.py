@@ -222,14 +222,14 @@ def measure_latency(
     for argument, value, least in (
         ("repeats", repeats, 1),
         ("warmup", warmup, 0),
-        ("threads", threads or 1, 1),
+        ("threads", 1 if threads is None else threads, 1),
     ):
         if value < least:
             raise ValueError(f"{argument} must be at least {least}, got {value}.")
     device = _device(module)
     args, kwargs = _arguments(module, example_input)
     args, kwargs = tree_map_only(Tensor, lambda x: x.to(device), (args, kwargs))
-    wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = partial(torch.accelerator.synchronize, device) if device.type != "cpu" else lambda: None
     threads_before = torch.get_num_threads()
     times = []
     with ExitStack() as stack:
@@ -290,8 +290,7 @@ class _Counter(TorchDispatchMode):
         """Run ``forward`` with the modules observed, and leave no trace on them."""
         with ExitStack() as stack:
             stack.enter_context(_untouched(self.module))
-            for name, owner in _owners(self.module).items():
-                module = self.module.get_submodule(name)
+            for name, owner, module in _owners(self.module):
                 module._compiled_call_impl = None
                 if isinstance(module, nn.utils.parametrize.ParametrizationList):
                     stack.callback(module.register_forward_pre_hook(self._mute).remove)
@@ -319,8 +318,11 @@ class _Counter(TorchDispatchMode):
         self.muted -= 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
         op = func.overloadpacket.__name__
+        if op in _SAME_SHAPE and args[0].is_meta:
+            out = _SAME_SHAPE[op](args[0])
+        else:
+            out = func(*args, **(kwargs or {}))
         if op in _MACS and self.stack and not self.muted:
             row = self.stack[-1]
             row.macs += _MACS[op](args, out)
@@ -330,8 +332,8 @@ class _Counter(TorchDispatchMode):
     def layers(self) -> tuple[LayerProfile, ...]:
         """One entry per module that computed MACs or has parameters; those never called come last."""
         members: dict[str, list[nn.Module]] = {name: [] for name in self.rows}
-        for name, owner in _owners(self.module).items():
-            members.setdefault(owner, []).append(self.module.get_submodule(name))
+        for _, owner, module in _owners(self.module):
+            members.setdefault(owner, []).append(module)
         layers = []
         counted: set[int] = set()
         for name, (module, *parts) in members.items():
@@ -380,23 +382,28 @@ _MACS: dict[str, Callable[[Sequence[Any], Any], int]] = {
     "_softmax": lambda args, out: 0,
     "_safe_softmax": lambda args, out: 0,
 }
+# torch runs these on meta tensors as dozens of Python calls, which would be most of the time of a profile.
+_SAME_SHAPE: dict[str, Callable[[Tensor], Any]] = {
+    "native_batch_norm": lambda x: (torch.empty_like(x), x.new_empty(0), x.new_empty(0)),
+    **dict.fromkeys(("relu", "hardtanh", "silu", "gelu", "hardswish", "sigmoid"), torch.empty_like),
+    **dict.fromkeys(("relu_", "hardtanh_", "silu_", "hardswish_", "sigmoid_"), lambda x: x),
+}
 _PARAMETRISATION = re.compile(r"(?:^|\.)parametrizations(?:\.|$)")
 
 
-def _owners(root: nn.Module) -> dict[str, str]:
-    """For every module the one that stands for it: itself, or what it is a part of.
+def _owners(root: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    """Every module with its name and the name of the one that stands for it: itself, or what it is a part of.
 
     Parts are parametrisations, and the children of ``nn.MultiheadAttention``, whose weights it uses itself.
     """
-    owners: dict[str, str] = {}
-    attention = None
+    attention: str | None = None
     for name, module in root.named_modules():
-        owners[name] = _PARAMETRISATION.split(name)[0]
         if attention is not None and name.startswith(f"{attention}." if attention else ""):
-            owners[name] = attention
-        elif isinstance(module, nn.MultiheadAttention):
+            yield name, attention, module
+            continue
+        if isinstance(module, nn.MultiheadAttention):
             attention = name
-    return owners
+        yield name, _PARAMETRISATION.split(name)[0], module
 
 
 def _kind(module: nn.Module, ops: set[str]) -> str:

@@ -1,7 +1,7 @@
 """The account that every method ends with: what the network cost before and after, per layer and in total.
 
-A callback calls :func:`open_account` in ``setup("fit")``, before it changes anything, and :func:`close_account` in
-``on_fit_end``. Methods that share a Trainer share one account.
+A callback calls :func:`open_account` in ``setup("fit")``, before it changes anything, and
+:func:`close_account` in ``on_fit_end``. Methods that share a Trainer share one account.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["Account", "LayerRow", "Measurement", "close_account", "measure", "op
 
 @dataclass
 class _Open:
-    """An account while its fit runs; ``dense`` is the network as it was, kept to be timed beside the new one."""
+    """An account while its fit runs; ``dense`` is the network as it was, to be timed beside the new one."""
 
     before: Measurement
     dense: nn.Module | None
@@ -42,8 +42,8 @@ _accounts: WeakKeyDictionary[LightningModule, _Open] = WeakKeyDictionary()
 def open_account(trainer: Trainer, pl_module: LightningModule, example_input: Any = None) -> None:
     """Measure the module before anything is changed. The first call in a fit does so, later ones do nothing.
 
-    Only rank 0 works, and without collectives. It keeps a copy of the module in main memory until the account is
-    closed, so that both networks are timed in turns, on the same device.
+    Only rank 0 works, and without collectives. It keeps a copy of the module in main memory until the account
+    is closed, so that both networks are timed in turns, on the same device.
 
     Args:
         trainer: the Trainer.
@@ -73,9 +73,9 @@ def close_account(
 ) -> Account | None:
     """Measure what the fit made of the module; print, log and save the account.
 
-    The first caller in a fit measures, prints and logs. Later ones add what they have to say, and the files are
-    written again; if they bring bits, the table is printed and logged again too. With ``fast_dev_run`` no file is
-    written.
+    The first caller in a fit measures, prints and logs. Later ones add what they have to say, and the files
+    are written again; if they bring bits, the table is printed and logged again too. With ``fast_dev_run`` no
+    file is written.
 
     Args:
         trainer: the Trainer.
@@ -109,12 +109,14 @@ def close_account(
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for name, figure in account.figures().items():
-                    logger.experiment.add_figure(f"compression/{name}", figure, trainer.global_step, close=False)
+                    logger.experiment.add_figure(
+                        f"compression/{name}", figure, trainer.global_step, close=False
+                    )
     return account
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """The folder of this run: ``trainer.log_dir``, but without the broadcast inside, so that one rank may ask."""
+    """``trainer.log_dir``, the folder of this run, without its broadcast: one rank alone may ask."""
     folder = getattr(trainer.logger, "log_dir", None) or getattr(trainer.logger, "save_dir", None)
     return Path(folder if isinstance(folder, str) else trainer.default_root_dir)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import cos, pi
 from typing import Literal
@@ -80,85 +80,98 @@ class Ramp:
         return RAMPS[self.shape](epoch, self.start, self.end, self.start_epoch, self.end_epoch)
 
 
-def warmup_multistep(
-    optimizer: Optimizer,
-    milestones: Sequence[int] = (30, 60, 80),
-    gamma: float = 0.1,
-    warmup_epochs: int = 5,
-    steps_per_epoch: int = 1,
-) -> LambdaLR:
+class WarmupMultiStep(LambdaLR):
     """Multiply the learning rate by ``gamma`` at each milestone, after a linear warm-up.
 
     In step ``i`` (from 0) of epoch ``e``, with ``n`` steps per epoch and ``w`` warm-up epochs,
 
         factor = gamma^(milestones <= e) * min(1, (1 + i + e n) / (w n)).
 
-    The defaults are the 90-epoch ImageNet recipe of HRankPlus and FilterSketch.
+    The defaults are the 90-epoch ImageNet recipe of HRankPlus (arXiv:2002.10179, its later code) and
+    FilterSketch (arXiv:2001.08514).
 
     Args:
         optimizer: its present learning rates are the full ones.
         milestones: epochs, counted from 0.
         gamma: factor per milestone.
         warmup_epochs: 0 for none.
-        steps_per_epoch: 1 when the schedule advances every epoch; when it advances every step, the number of
-            optimiser steps in one: images / (batch size * processes * accumulated batches), rounded up; 5005 for
-            ImageNet at 256.
+        steps_per_epoch: 1 when the schedule advances every epoch. When it advances every step, the optimiser
+            steps in an epoch: images / (batch size * processes * accumulated batches), rounded up (5005 for
+            ImageNet at 256).
     """
-    milestones = tuple(milestones)
-    return _per_step(
-        optimizer, lambda e: gamma ** sum(m <= e for m in milestones), warmup_epochs, steps_per_epoch
-    )
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        milestones: list[int] | tuple[int, ...] = (30, 60, 80),
+        gamma: float = 0.1,
+        warmup_epochs: int = 5,
+        steps_per_epoch: int = 1,
+    ) -> None:
+        def decay(epoch: int) -> float:
+            return gamma ** sum(milestone <= epoch for milestone in milestones)
+
+        super().__init__(optimizer, _with_warmup(decay, warmup_epochs, steps_per_epoch))
 
 
-def warmup_cosine(
-    optimizer: Optimizer, epochs: int, warmup_epochs: int = 5, steps_per_epoch: int = 1
-) -> LambdaLR:
+class WarmupCosine(LambdaLR):
     """Lower the learning rate along half a cosine wave, after a linear warm-up.
 
-    With the symbols of `warmup_multistep` and ``E`` epochs in all,
+    With the symbols of `WarmupMultiStep` and ``E`` epochs in all,
 
         factor = (1 + cos(pi (e - w) / (E - w))) / 2 * min(1, (1 + i + e n) / (w n)),
 
-    as HRankPlus and LBC write it: the wave also multiplies the warm-up; after it, the rate changes per epoch.
+    as HRankPlus (arXiv:2002.10179, its later code) and LBC write it: the wave also multiplies the warm-up;
+    after it, the rate changes per epoch.
 
     Args:
         optimizer: its present learning rates are the full ones.
         epochs: epochs in all; later ones keep the last rate.
         warmup_epochs: 0 for none.
-        steps_per_epoch: see `warmup_multistep`.
+        steps_per_epoch: see `WarmupMultiStep`.
 
     Raises:
         ValueError: no epoch is left after the warm-up.
     """
-    if epochs <= warmup_epochs:
-        raise ValueError(f"epochs: expected more than warmup_epochs={warmup_epochs}, got {epochs}.")
 
-    def wave(epoch: int) -> float:
-        return (1 + cos(pi * (min(epoch, epochs - 1) - warmup_epochs) / (epochs - warmup_epochs))) / 2
+    def __init__(
+        self, optimizer: Optimizer, epochs: int, warmup_epochs: int = 5, steps_per_epoch: int = 1
+    ) -> None:
+        if epochs <= warmup_epochs:
+            raise ValueError(f"epochs: expected more than warmup_epochs={warmup_epochs}, got {epochs}.")
 
-    return _per_step(optimizer, wave, warmup_epochs, steps_per_epoch)
+        def wave(epoch: int) -> float:
+            return (1 + cos(pi * (min(epoch, epochs - 1) - warmup_epochs) / (epochs - warmup_epochs))) / 2
+
+        super().__init__(optimizer, _with_warmup(wave, warmup_epochs, steps_per_epoch))
 
 
-def _per_step(
-    optimizer: Optimizer, by_epoch: Callable[[int], float], warmup_epochs: int, steps_per_epoch: int
-) -> LambdaLR:
-    """Multiply a factor per epoch by a linear warm-up per step."""
-    if steps_per_epoch < 1:
-        raise ValueError(f"steps_per_epoch: expected 1 or more, got {steps_per_epoch}.")
+def _with_warmup(
+    by_epoch: Callable[[int], float], warmup_epochs: int, steps_per_epoch: int
+) -> Callable[[int], float]:
+    """Multiply a factor per epoch by a linear warm-up per step; the result counts steps."""
+    for argument, value, least in (
+        ("warmup_epochs", warmup_epochs, 0),
+        ("steps_per_epoch", steps_per_epoch, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{argument}: expected {least} or more, got {value}.")
     warmup_steps = warmup_epochs * steps_per_epoch
 
     def factor(step: int) -> float:
         warm = (step + 1) / warmup_steps if step < warmup_steps else 1.0
         return warm * by_epoch(step // steps_per_epoch)
 
-    return LambdaLR(optimizer, factor)
+    return factor
 
 
 def _progress(epoch: float, start_epoch: float, end_epoch: float) -> float:
     """Share of the way from ``start_epoch`` to ``end_epoch``, in [0, 1]; a jump where they are equal."""
     if epoch >= end_epoch:
         return 1.0
-    return max(0.0, (epoch - start_epoch) / (end_epoch - start_epoch))
+    if epoch <= start_epoch:
+        return 0.0
+    return (epoch - start_epoch) / (end_epoch - start_epoch)
 
 
 def _between(start: float, end: float, share: float) -> float:

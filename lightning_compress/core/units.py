@@ -1,7 +1,17 @@
-"""Numbers as people read them: three digits and a unit."""
+"""What an account counts, and numbers as people read them: three digits and a unit."""
 
 from __future__ import annotations
 
+TOTALS = {  # attribute of Measurement -> (label, unit), in the order of a table
+    "macs": ("MACs", ""),
+    "effective_macs": ("MACs of non-zero weights", ""),
+    "params": ("parameters", ""),
+    "nonzeros": ("non-zero parameters", ""),
+    "bits": ("bits per parameter", ""),
+    "bytes": ("parameters at these bits", "B"),
+    "disk_bytes": ("state_dict on disk", "B"),
+    "latency_ms": ("latency", "ms"),
+}
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 

@@ -74,19 +74,20 @@ def export(
 ) -> Exported:
     """Export the forward of ``module``, run the file on random input and compare it with the eager module.
 
-    A copy is exported, on the CPU, in eval mode, half precision as float32 (:func:`~lightning_compress.core.
-    inference_copy.inference_copy` says what it leaves behind); ``module`` is not changed and may live on any device,
-    attached to a trainer or not.
+    A copy is exported, on the CPU, in eval mode, with half precision as float32, without hooks and with the
+    values of parametrised weights. ``module`` may live on any device, attached to a trainer or not, and is
+    not changed.
 
     Args:
         module: a network or a LightningModule.
         path: the file to write. Its suffix, ``.onnx`` or ``.pt2``, is appended where it is missing.
         example_input: a tensor ``(N, ...)``, a shape, a tuple of arguments or a dict of keyword arguments.
-        format: ``"onnx"`` needs the extra ``export``; ``"torch"`` writes a torch.export program. ``"auto"`` goes by
-            the suffix of ``path``, and without one writes ONNX when the extra is installed.
-        atol: largest difference allowed, times the largest output if that is above 1. 1e-4 leaves room for the
-            order of float32 sums, which ONNX Runtime changes.
-        dynamic_batch: leave the batch size open. A network that fixes it is exported with that of the example.
+        format: ``"onnx"`` needs the extra ``export``; ``"torch"`` writes a torch.export program. ``"auto"``
+            goes by the suffix of ``path``, and without one writes ONNX when the extra is installed.
+        atol: largest difference allowed, times the largest output if that is above 1. 1e-4 leaves room for
+            the order of float32 sums, which ONNX Runtime changes.
+        dynamic_batch: leave the batch size open. A network that fixes it is exported with that of the
+            example.
 
     Raises:
         ValueError: unknown format, or one that contradicts the suffix.
@@ -114,14 +115,16 @@ def export(
         expected = [leaf for leaf in tree_leaves(clone(*args, **kwargs)) if isinstance(leaf, Tensor)]
     found = run_onnx(path, args, kwargs) if format == "onnx" else run_program(path, args, kwargs)
     difference, scale = _compare(found, expected)
+    files = [file for file in (path, path.with_name(path.name + ".data")) if file.exists()]
     if not difference <= atol * scale:  # also true for nan
-        path.unlink()
+        for file in files:
+            file.unlink()
         raise RuntimeError(
-            f"The exported {type(module).__name__} differs from the eager module by {difference:.3g} on random input,"
-            f" allowed is {atol * scale:.3g} (atol={atol:g} times the largest output, {scale:.3g}); {path} was removed."
+            f"The exported {type(module).__name__} differs from the eager module by {difference:.3g} on"
+            f" random input; atol={atol:g} allows {atol * scale:.3g}, for outputs up to {scale:.3g}."
+            f" {path} was removed."
         )
-    files = (path, path.with_name(path.name + ".data"))
-    size = sum(file.stat().st_size for file in files if file.exists())
+    size = sum(file.stat().st_size for file in files)
     return Exported(path, format, size, difference, dynamic)
 
 
@@ -180,18 +183,19 @@ def _random(inputs: Any) -> Any:
 
 
 def _compare(found: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, float]:
-    """Largest difference, and the scale to judge it by: the largest expected value, at least 1."""
+    """Largest difference, and the scale to judge it by: the largest finite value expected, at least 1."""
     if [t.shape for t in found] != [t.shape for t in expected]:
         return float("inf"), 1.0
-    differences = [(f.double() - e.double()).abs().max().item() for f, e in zip(found, expected, strict=True)]
-    return max(differences, default=0.0), max([1.0, *(e.double().abs().max().item() for e in expected)])
+    f, e = (torch.cat([t.double().flatten() for t in tensors]) for tensors in (found, expected))
+    difference = torch.where(f == e, 0.0, (f - e).abs())  # equal infinities have no difference
+    return difference.max().item(), max(1.0, e.nan_to_num(0, 0, 0).abs().max().item())
 
 
 def _check_hooks(module: nn.Module, clone: nn.Module, example_input: Any) -> None:
     """Refuse a module whose forward hooks, which the clone does not have, change its output."""
     args, kwargs = _random(inputs_for(clone, example_input))
     with evaluating(module):
-        eager_args, eager_kwargs = inputs_for(module, (args if args else kwargs))
+        eager_args, eager_kwargs = inputs_for(module, args or kwargs)
         with_hooks = [
             t.cpu() for t in tree_leaves(module(*eager_args, **eager_kwargs)) if isinstance(t, Tensor)
         ]
@@ -199,8 +203,8 @@ def _check_hooks(module: nn.Module, clone: nn.Module, example_input: Any) -> Non
     difference, scale = _compare(without, with_hooks)
     if not difference <= 0.05 * scale:  # coarse, since the module may compute in bfloat16
         raise RuntimeError(
-            f"The forward hooks of {type(module).__name__} change its output by {difference:.3g}; an export cannot hold"
-            " hooks. Put what they compute into the module, or into a parametrization of its weights."
+            f"The forward hooks of {type(module).__name__} change its output by {difference:.3g}, and an"
+            " export cannot hold hooks. Put what they compute into the module or into a parametrization."
         )
 
 

@@ -30,8 +30,8 @@ def missing() -> list[str]:
 def save_onnx(program: ExportedProgram, path: Path) -> None:
     """Write ``program`` as one ONNX file; above ONNX's limit of 2 GB its weights go to ``<path>.data``.
 
-    Inputs keep the names of the forward's arguments, an open first dimension is called ``batch``, and a single
-    output is called ``output``.
+    Inputs keep the names of the forward's arguments, an open first dimension is called ``batch``, and a
+    single output is called ``output``.
     """
     onnx_program = torch.onnx.export(program, dynamo=True, verbose=False)
     assert onnx_program is not None

@@ -20,13 +20,14 @@ Kwargs = Mapping[str, Any]
 
 
 def portable_copy(module: nn.Module) -> nn.Module:
-    """An :func:`~lightning_compress.core.inference_copy.inference_copy` on the CPU, half precision as float32."""
+    """An ``inference_copy`` on the CPU, with half precision as float32."""
     clone = inference_copy(module).cpu()
     return clone._apply(lambda t: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t)
 
 
 def capture(module: nn.Module, args: Args, kwargs: Kwargs, *, dynamic_batch: bool) -> ExportedProgram:
-    """Capture ``module``, in eval mode, on these arguments. Parameters that no operator reads are dropped from it.
+    """Capture ``module``, in eval mode, on these arguments. Parameters that no operator reads are dropped
+    from it.
 
     Args:
         module: what to capture; a copy, since parameters that are not used are removed from it.
@@ -62,7 +63,7 @@ def run_program(path: Path, args: Args, kwargs: Kwargs) -> list[Tensor]:
 
 
 def _drop_unused(module: nn.Module, program: ExportedProgram) -> bool:
-    """Remove from ``module`` the parameters that ``program`` does not read: say a teacher, or auxiliary heads."""
+    """Remove from ``module`` the parameters that ``program`` does not read, such as an auxiliary head."""
     read = {node.name for node in program.graph.nodes if node.users}
     unread = {
         spec.target: module.get_parameter(spec.target)

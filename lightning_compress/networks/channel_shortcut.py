@@ -35,6 +35,8 @@ class ChannelShortcut(nn.Module):
         tensor([ 0., 16., 16.,  0.])
     """
 
+    select: Tensor
+
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__()
         for argument, value in (
@@ -75,8 +77,8 @@ class ChannelShortcut(nn.Module):
         if not select.is_meta:
             first = int(alive.long().argmax())
             offset = first - int(index[first])
-            if torch.equal(select, _diagonal(*select.shape, offset, device=select.device)):
-                self.offset, self.index, self.alive = offset, None, None
+            if torch.equal(select, _diagonal(self.out_channels, self.in_channels, offset, select.device)):
+                self.offset, self.index, self.alive = offset, None, None  # type: ignore[assignment]
 
     def trace_channels(self, trace: Any, args: tuple[Tensor, ...], out: Tensor) -> None:
         """Tell the channel graph that input and output are narrowed apart: columns and rows of ``select``."""

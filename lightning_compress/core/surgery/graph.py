@@ -46,6 +46,7 @@ class ChannelGraph:
         groups: the same layers, coupled ones together.
         left_alone: layer that cannot be narrowed -> why.
         units: number of units.
+        order: all conv and linear layers, narrowable or not, in forward order.
     """
 
     axes: dict[tuple[str, int], np.ndarray]
@@ -53,6 +54,7 @@ class ChannelGraph:
     groups: tuple[Group, ...]
     left_alone: dict[str, str]
     units: int
+    order: tuple[str, ...]
 
     @classmethod
     def trace(
@@ -128,7 +130,7 @@ class ChannelGraph:
         groups = _groups({n: u[~np.isin(u, frozen)] for n, u in layers.items()})
         free = np.concatenate([g.units for g in groups] or [np.empty(0, int)])
         layers = {n: np.where(np.isin(u, free), u, -1) for n, u in layers.items()}
-        return cls(axes, layers, groups, left_alone, int(unit.max(initial=-1)) + 1)
+        return cls(axes, layers, groups, left_alone, int(unit.max(initial=-1)) + 1, tuple(widths))
 
     def without(self, groups: Sequence[Group], reason: str) -> ChannelGraph:
         """The same graph with some groups left alone."""

@@ -39,7 +39,7 @@ class Record(nn.Module):
 
     def cut(self, module: nn.Module, cuts: Sequence[Cut], *, by: str, epoch: int) -> list[Swap]:
         """Cut `module` and note it: `by` whom, in which `epoch`."""
-        swaps = self._apply(module, cuts)
+        swaps = self._cut(module, cuts)
         self.steps.append({"by": by, "epoch": epoch, "cuts": [tuple(c) for c in cuts]})
         return swaps
 
@@ -58,10 +58,10 @@ class Record(nn.Module):
         if self.steps and not done:
             reshape_tensors(module, self._dense_shapes(module), self._unsaved)
         for step in steps[done:]:
-            self._apply(module, [Cut(*c) for c in step["cuts"]])
+            self._cut(module, [Cut(*c) for c in step["cuts"]])
         self.steps = list(steps)
 
-    def _apply(self, module: nn.Module, cuts: Sequence[Cut]) -> list[Swap]:
+    def _cut(self, module: nn.Module, cuts: Sequence[Cut]) -> list[Swap]:
         swaps = apply_cuts(module, cuts)
         for swap in swaps:
             owner, _, key = swap.name.rpartition(".")

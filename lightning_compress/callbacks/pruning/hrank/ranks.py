@@ -12,7 +12,8 @@ number of singular values above sigma_max * max(h, w) * eps(float32).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.core.select import did_you_mean
+from lightning_compress.core.surgery import keep_highest
 
 EPS = torch.finfo(torch.float32).eps
 # Elements that are worked on at once: 1 MB in float64, which stays in the cache of one core.
@@ -55,13 +57,30 @@ def feature_map_rank(features: Tensor) -> Tensor:
     maps = features.detach().float().flatten(0, 1)
     if not maps.sum(dtype=torch.float64).isfinite():  # an eighth of the cost of isfinite().all()
         raise ValueError("features must be finite, got NaN or infinity: the network's weights are broken.")
-    if not maps.is_cuda:
-        maps = maps.cpu()
     height, width = maps.shape[1:]
-    # On CUDA one launch does a batch of SVDs, and up to 4x4 there is no time to win.
-    rank = torch.linalg.matrix_rank if maps.is_cuda or min(height, width) <= 4 else _rank_by_inertia
-    ranks = torch.cat([rank(chunk) for chunk in maps.split(max(1, CHUNK // (height * width)))])
-    return ranks.view(features.shape[:2]).to(features.device)
+    step = max(1, CHUNK // (height * width))
+    if maps.is_cuda:  # one launch does a batch of SVDs
+        ranks = [torch.linalg.matrix_rank(chunk) for chunk in maps.split(step)]
+    else:
+        # Up to 4x4 an SVD costs no more than anything else.
+        rank = torch.linalg.matrix_rank if min(height, width) <= 4 else _rank_by_inertia
+        ranks = _in_threads(rank, maps.cpu().split(step))
+    return torch.cat(ranks).view(features.shape[:2]).to(features.device)
+
+
+def _in_threads(function: Callable[[Tensor], Tensor], chunks: Sequence[Tensor]) -> list[Tensor]:
+    """Apply `function` to every chunk, in as many threads as torch may use, each of which computes alone.
+
+    LAPACK works through a batch in one thread, and around it the operators are too small to be shared by several:
+    waiting for each other costs them up to ten times their work.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(min(threads, len(chunks))) as pool:
+            return list(pool.map(function, chunks))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _rank_by_inertia(maps: Tensor) -> Tensor:
@@ -121,8 +140,7 @@ def select_channels(
     """
     if ranks.dim() != 1 or not len(ranks):
         raise ValueError(f"ranks must be a vector with one entry per channel, got shape {tuple(ranks.shape)}.")
-    width = kept_width(len(ranks), pruning_ratio, rounding)
-    return ranks.argsort(stable=True)[len(ranks) - width :].sort().values
+    return keep_highest(ranks, kept_width(len(ranks), pruning_ratio, rounding))
 
 
 def kept_width(channels: int, pruning_ratio: float, rounding: Literal["keep", "prune"] = "keep") -> int:

@@ -1,0 +1,1 @@
+"""Callbacks that remove channels, filters or kernels."""

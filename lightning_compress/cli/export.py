@@ -1,0 +1,24 @@
+"""`lc export`: a checkpoint as ONNX or torch.export program, checked against the eager module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from lightning_compress.cli.network import example_of, find_module, network_parser
+from lightning_compress.export import export
+
+
+def main(args: Sequence[str]) -> None:
+    """Export the network of a checkpoint; print the file, its size and its difference to the eager module."""
+    parser = network_parser("export", "Write a trained model as ONNX or torch.export program, and check it.")
+    parser.add_argument("checkpoint", help="checkpoint of a fit; one from `lc fit` needs no further options")
+    parser.add_argument("-o", "--output", help="file to write (default: beside the checkpoint)")
+    parser.add_argument("--format", type=Literal["auto", "onnx", "torch"], default="auto")
+    parser.add_argument("--atol", type=float, default=1e-4, help="largest difference to the eager module")
+    given = parser.parse_args(list(args))
+    module = find_module(parser, given, given.checkpoint)
+    example = example_of(parser, module, given.input)
+    path = given.output or Path(given.checkpoint).with_suffix("")
+    print(export(module, path, example, format=given.format, atol=given.atol))
