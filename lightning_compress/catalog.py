@@ -105,6 +105,17 @@ def card(name: str) -> Card:
     raise KeyError(name)
 
 
+def markdown_table() -> str:
+    """The table of all methods for README and documentation, ready ones first."""
+    lines = ["| Method | Paper | Class | Family | Status |", "|---|---|---|---|---|"]
+    for c in sorted(CARDS, key=lambda c: c.status != READY):
+        paper = f"[{c.title}](https://arxiv.org/abs/{c.arxiv})"
+        home = c.class_path.split(".")[1]
+        classes = ", ".join(f"`{name}`" for name in (f"{home}.{c.name}", *c.also))
+        lines.append(f"| {c.name} | {paper}, {c.venue} | {classes} | {c.family} | {c.status} |")
+    return "\n".join(lines)
+
+
 def _rows(
     method: str, network: str, data: str, *rows: tuple[str, float | None, float, float, str]
 ) -> tuple[Row, ...]:

@@ -1,10 +1,10 @@
 """Callbacks: what you add to a Trainer, for any LightningModule."""
 
 from lightning_compress.callbacks.export_compressed import ExportCompressed
+from lightning_compress.callbacks.pruning.filter_sketch import FilterSketch
 from lightning_compress.callbacks.pruning.hrank import HRank
 from lightning_compress.callbacks.pruning.l1_norm import L1Norm
 from lightning_compress.callbacks.pruning.random_channels import RandomChannels
 from lightning_compress.callbacks.restore_compressed import RestoreCompressed
 
-
-__all__ = ["ExportCompressed", "HRank", "L1Norm", "RandomChannels", "RestoreCompressed"]
+__all__ = ["ExportCompressed", "FilterSketch", "HRank", "L1Norm", "RandomChannels", "RestoreCompressed"]

@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from lightning_compress.catalog import CARDS, PLANNED, READY, Card, Row, card
+from lightning_compress.catalog import CARDS, PLANNED, READY, Card, Row, card, markdown_table
 from lightning_compress.cli.text import columns
 from lightning_compress.core.select import did_you_mean
 
@@ -17,7 +17,11 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("name", nargs="?", help="a method (hrank, HRank) or a family (pruning)")
     parser.add_argument("--status", choices=(READY, PLANNED), help="only methods of this status")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--markdown", action="store_true", help="print the table of the README")
     given = parser.parse_args(args)
+    if given.markdown:
+        print(markdown_table())
+        return
     chosen = [c for c in CARDS if given.status in (None, c.status)]
     if given.name:
         try:

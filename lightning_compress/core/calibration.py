@@ -10,10 +10,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_compress.core.example_input import first_loader, training_loaders
+from lightning_compress.core.meta import evaluating
 
 
 def training_inputs(trainer: Trainer, pl_module: LightningModule, samples: int, batch_size: int) -> Iterator[Tensor]:
@@ -61,6 +62,29 @@ def on_device(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
         yield
     finally:
         pl_module.to(home)
+
+
+def recalibrate_batch_norm(trainer: Trainer, pl_module: LightningModule, num_batches: int, batch_size: int = 128) -> None:
+    """Bring the running statistics of batch norms in line with changed weights: forward passes in train mode.
+
+    The statistics become the plain average over the batches. Everything else stays in eval mode and unchanged.
+
+    Args:
+        num_batches: batches of `batch_size` training images, in all processes together.
+    """
+    norms = [m for m in pl_module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    momentum = [m.momentum for m in norms]
+    with on_device(trainer, pl_module), evaluating(pl_module):
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # cumulative average
+                norm.train()
+            for images in training_inputs(trainer, pl_module, num_batches * batch_size, batch_size):
+                pl_module(images)
+        finally:
+            for norm, value in zip(norms, momentum, strict=True):
+                norm.momentum = value
 
 
 def _inputs(pl_module: LightningModule, batch: Any) -> Tensor:

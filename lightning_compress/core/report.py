@@ -21,6 +21,7 @@ from lightning_compress.core.account import Account
 from lightning_compress.core.example_input import find_example_input
 from lightning_compress.core.inference_copy import inference_copy
 from lightning_compress.core.measurement import LayerRow, Measurement, count, measure, time_in_turns
+from lightning_compress.core.surgery.compact import compact
 
 __all__ = ["Account", "LayerRow", "Measurement", "close_account", "measure", "open_account", "run_folder"]
 
@@ -123,7 +124,7 @@ def run_folder(trainer: Trainer) -> Path:
 
 def _settle(trainer: Trainer, pl_module: LightningModule, opened: _Open) -> Account:
     """The account with the module as it is now; both networks are timed the first time."""
-    small = inference_copy(pl_module)
+    small = compact(inference_copy(pl_module), opened.example_input)
     after = count(small, opened.example_input, bits=opened.bits)
     if opened.account is not None:
         return replace(opened.account, after=replace(after, latency=opened.account.after.latency))

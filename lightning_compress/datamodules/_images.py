@@ -101,6 +101,9 @@ class ImageArrays(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        return map(self.__getitem__, range(len(self)))  # the first epoch: no index is ever too large here
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.__getitems__([index])[0]
 
@@ -227,7 +230,7 @@ class ImageData(LightningDataModule, ABC):
     def _loader(self, dataset: Dataset, batch_size: int, sampler: EpochSampler | None = None) -> DataLoader:
         return DataLoader(
             dataset,
-            batch_size,
+            batch_size=batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,

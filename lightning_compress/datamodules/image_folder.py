@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -36,6 +36,9 @@ class FolderImages(Dataset):
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        return map(self.__getitem__, range(len(self)))  # the first epoch: no index is ever too large here
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Return (image, label); an index past the end means a later epoch, see `EpochSampler`."""

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lightning_compress.core.example_input import inputs_for
 from lightning_compress.core.inference_copy import has_watchers
 from lightning_compress.core.meta import evaluating
+from lightning_compress.core.surgery.compact import compact
 from lightning_compress.core.units import human
 from lightning_compress.export.onnx import HOW_TO_GET, missing, run_onnx, save_onnx
 from lightning_compress.export.program import capture, portable_copy, run_program, save_program
@@ -74,9 +75,9 @@ def export(
 ) -> Exported:
     """Export the forward of ``module``, run the file on random input and compare it with the eager module.
 
-    A copy is exported, on the CPU, in eval mode, with half precision as float32, without hooks and with the
-    values of parametrised weights. ``module`` may live on any device, attached to a trainer or not, and is
-    not changed.
+    A copy is exported, on the CPU, in eval mode, with half precision as float32, without hooks, with the
+    values of parametrised weights and without channels that are zero. ``module`` may live on any device,
+    attached to a trainer or not, and is not changed.
 
     Args:
         module: a network or a LightningModule.
@@ -101,10 +102,11 @@ def export(
         path = path.with_name(path.name + SUFFIX[format])
     path.parent.mkdir(parents=True, exist_ok=True)
 
-    clone = portable_copy(module)
-    inputs = inputs_for(clone, example_input)
+    eager = portable_copy(module)
+    inputs = inputs_for(eager, example_input)
     if has_watchers(module):
-        _check_hooks(module, clone, example_input)
+        _check_hooks(module, eager, example_input)
+    clone = compact(eager, example_input)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, about its own internals
         program, dynamic = _capture(clone, inputs, dynamic_batch)
@@ -112,7 +114,7 @@ def export(
 
     args, kwargs = _random(_resized(inputs, 3) if dynamic else inputs)
     with torch.no_grad():
-        expected = [leaf for leaf in tree_leaves(clone(*args, **kwargs)) if isinstance(leaf, Tensor)]
+        expected = [leaf for leaf in tree_leaves(eager(*args, **kwargs)) if isinstance(leaf, Tensor)]
     found = run_onnx(path, args, kwargs) if format == "onnx" else run_program(path, args, kwargs)
     difference, scale = _compare(found, expected)
     files = [file for file in (path, path.with_name(path.name + ".data")) if file.exists()]

@@ -121,8 +121,8 @@ class ImageClassifier(LightningModule):
         logits = self(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         accuracy.update(logits, labels)
-        log = partial(self.log, on_step=False, on_epoch=True, batch_size=len(labels))
-        log(f"{split}/loss", loss, prog_bar=split == "train", sync_dist=split != "train")
+        log = partial(self.log, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(labels))
+        log(f"{split}/loss", loss, prog_bar=split == "train")
         log(f"{split}/acc", accuracy, prog_bar=split != "train")
         return loss
 

@@ -109,11 +109,13 @@ def test_nothing_to_be_found(tmp_path):
     with pytest.raises(MisconfigurationException, match=r"first training batch, a list, has no tensor\. Set"):
         fit(Module(), tmp_path, DataLoader(Numbers(lambda i: "text")))
     trainer = Trainer(logger=False, accelerator="cpu", default_root_dir=tmp_path)
-    with pytest.raises(MisconfigurationException, match="Module has no `example_input_array`.*Set `self"):
+    with pytest.raises(MisconfigurationException, match=r"Module has no `example_input_array`.*Set `self"):
         find_example_input(trainer, Module())
 
 
 def test_inputs_take_the_modules_dtype():
-    args, kwargs = inputs_for(nn.Linear(4, 2).double(), {"input": torch.zeros(1, 4), "ids": torch.tensor([1])})
+    args, kwargs = inputs_for(
+        nn.Linear(4, 2).double(), {"input": torch.zeros(1, 4), "ids": torch.tensor([1])}
+    )
     assert args == ()
     assert (kwargs["input"].dtype, kwargs["ids"].dtype) == (torch.float64, torch.int64)

@@ -66,6 +66,8 @@ def fit(module: LightningModule, *callbacks: Callback, **arguments: Any) -> Trai
         enable_model_summary=False,
     )
     trainer.fit(module, DataLoader(data, batch_size=4))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # Lightning leaves it to the end of the process
     return trainer
 
 

@@ -97,7 +97,7 @@ def test_an_absent_folder_says_what_is_read(kind: type[CIFAR10], packed: str, tm
 def test_damaged_torchvision_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_torchvision(tmp_path, monkeypatch, datasets.CIFAR10, 10)
     (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(b"half")
-    with pytest.raises(MisconfigurationException, match="it holds cifar-10-batches-py.*untouched files"):
+    with pytest.raises(MisconfigurationException, match=r"it holds cifar-10-batches-py.*untouched files"):
         CIFAR10(str(tmp_path)).setup("fit")
 
 
@@ -106,7 +106,7 @@ def test_damaged_packed_files_are_refused(tmp_path: Path) -> None:
     write_packed(tmp_path, "cifar10.npz", 10)
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(
-        MisconfigurationException, match="cifar10.npz is broken or lacks one of x_train, y_train"
+        MisconfigurationException, match=r"cifar10.npz is broken or lacks one of x_train, y_train"
     ):
         CIFAR10(str(tmp_path)).setup("fit")
     np.savez(path, x_train=TRAIN, y_train=labels(TRAIN, 10))
@@ -121,9 +121,11 @@ def test_damaged_packed_files_are_refused(tmp_path: Path) -> None:
 
 def test_downloads_only_when_asked_and_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(
-        CIFAR10, "source", lambda root, train, download: asked.append((root, train, download))
-    )
+
+    def fetch(root: Path, train: bool, download: bool) -> None:
+        asked.append((root, train, download))
+
+    monkeypatch.setattr(CIFAR10, "source", staticmethod(fetch))
     CIFAR10(str(tmp_path)).prepare_data()
     assert asked == []
     CIFAR10(str(tmp_path), download=True).prepare_data()

@@ -92,7 +92,7 @@ def test_absent_folders_say_what_is_read(tmp_path: Path) -> None:
 
 def test_classes_unknown_to_train_are_refused(root: Path) -> None:
     write(root, "test", {"dog": 1})
-    with pytest.raises(MisconfigurationException, match="has classes that .*train lacks: dog"):
+    with pytest.raises(MisconfigurationException, match=r"has classes that .*train lacks: dog"):
         ImageFolder(str(root)).setup("fit")
 
 

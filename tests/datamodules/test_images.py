@@ -150,6 +150,11 @@ def test_a_loader_that_a_user_builds_over_the_dataset_works(make_data) -> None:
     assert torch.equal(data.splits.train[1][0], images[1])
 
 
+def test_iterating_over_a_dataset_ends(make_data) -> None:
+    train = make_data().splits.train
+    assert sum(1 for _ in train) == len(train)
+
+
 def test_evaluation_is_never_augmented_or_shuffled(make_data) -> None:
     data = make_data(eval_batch_size=7)
     for loader in (data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
@@ -168,6 +173,7 @@ def test_lightning_keeps_the_sampler_under_ddp_and_turns_it_off_to_overfit(tmp_p
         run = trainer(1, tmp_path, **arguments)
         run.fit(TinyClassifier((1, 32, 32)), Digits(batch_size=16))
         assert type(run.train_dataloader.sampler) is kind
+    torch.distributed.destroy_process_group()  # Lightning leaves it to the end of the process
 
 
 def test_crop_and_flip_against_a_loop() -> None:

@@ -203,7 +203,9 @@ def test_compiled_network(tmp_path):
 
 def test_difference_above_atol_removes_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_compress.export.run_onnx", lambda *_: [torch.full((3, 4), 0.5)])
-    with pytest.raises(RuntimeError, match=r"Net differs from the eager module by 0\.\d+ on random input; atol"):
+    with pytest.raises(
+        RuntimeError, match=r"Net differs from the eager module by 0\.\d+ on random input; atol"
+    ):
         export(Net(), tmp_path / "net.onnx", (1, 3, 8, 8))
     assert list(tmp_path.iterdir()) == []
 
@@ -234,7 +236,9 @@ def test_bad_arguments(tmp_path):
 
 def test_without_the_extra(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("lightning_compress.export.missing", lambda: ["onnxruntime"])
-    with pytest.raises(MisconfigurationException, match=r"needs onnxruntime: pip install 'lightning-compress\[export\]'"):
+    with pytest.raises(
+        MisconfigurationException, match=r"needs onnxruntime: pip install 'lightning-compress\[export\]'"
+    ):
         export(Net(), tmp_path / "net", (1, 3, 8, 8), format="onnx")
     with pytest.raises(MisconfigurationException, match="needs onnxruntime"):
         export(Net(), tmp_path / "net.onnx", (1, 3, 8, 8))

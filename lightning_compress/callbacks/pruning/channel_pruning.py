@@ -6,7 +6,7 @@ them at once. The highest scores stay. The rest is the machinery's: coupled laye
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -106,9 +106,13 @@ class ChannelPruning(Callback):
         with torch.no_grad():
             return {name: self.score(name, pl_module.get_submodule(name)) for name in graph.layers}
 
+    def prunable(self, pl_module: LightningModule, graph: ChannelGraph) -> list[str]:
+        """Names of the layers that this method narrows, in forward order."""
+        return list(graph.layers)
+
     def ratios(self, pl_module: LightningModule, graph: ChannelGraph) -> dict[str, float]:
         """Layer name -> share to remove. A method whose paper orders its lists otherwise overrides this."""
-        return ratio_by_layer(self.pruning_ratio, list(graph.layers))
+        return ratio_by_layer(self.pruning_ratio, self.prunable(pl_module, graph))
 
     def width(self, width: int, ratio: float) -> int:
         """Channels kept of `width`. Papers round differently."""
@@ -151,8 +155,7 @@ class ChannelPruning(Callback):
         if self.start_epoch == 0:
             self.prune(trainer, pl_module)
         else:  # find errors now, not after hours
-            graph = self.trace(trainer, pl_module)
-            self.ratios(pl_module, graph)
+            self.ratios(pl_module, self.trace(trainer, pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_optimizers(trainer, pl_module)
@@ -213,9 +216,12 @@ class ChannelPruning(Callback):
         def share(plan: ChannelPlan) -> float:
             return scaled_macs(macs, graph, plan.cuts(graph)) / max(1, dense.macs)
 
-        ratios = self.ratios(pl_module, graph)
-        if self.target_macs is not None:
-            ratios = self._reach(self.target_macs, lambda r: share(plan(dict.fromkeys(graph.layers, r))), graph)
+        if self.target_macs is None:
+            ratios = self.ratios(pl_module, graph)
+        else:
+            layers = self.prunable(pl_module, graph)
+            ratio = self._reach(self.target_macs, lambda r: share(plan(dict.fromkeys(layers, r))))
+            ratios = dict.fromkeys(layers, ratio)
         chosen = plan(ratios)
         if self.round_to > 1:
             self._notes.append(
@@ -224,7 +230,8 @@ class ChannelPruning(Callback):
             )
         return chosen
 
-    def _reach(self, target: float, share: Any, graph: ChannelGraph) -> dict[str, float]:
+    def _reach(self, target: float, share: Callable[[float], float]) -> float:
+        """The smallest uniform ratio whose share of MACs is within the target."""
         low, high = 0.0, 0.999
         lowest = share(high)
         if lowest > target:
@@ -236,7 +243,7 @@ class ChannelPruning(Callback):
             middle = (low + high) / 2
             low, high = (low, middle) if share(middle) <= target else (middle, high)
         self._notes.append(f"target_macs={target:g} is reached by pruning_ratio={high:.4f} in every layer.")
-        return dict.fromkeys(graph.layers, high)
+        return high
 
     def _is_done(self, steps: Sequence[Mapping[str, Any]]) -> bool:
         return any(step["by"] == self.state_key for step in steps)

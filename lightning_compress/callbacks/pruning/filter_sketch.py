@@ -16,15 +16,20 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torchvision.models import resnet
 
-from lightning_compress.core.surgery import ChannelGraph
+from lightning_compress.callbacks.pruning.channel_pruning import ChannelPruning
+from lightning_compress.core.calibration import recalibrate_batch_norm
+from lightning_compress.core.ratio import parse_ratio, ratio_by_layer
+from lightning_compress.core.surgery import ChannelGraph, ChannelPlan
+from lightning_compress.core.surgery.compact import own_norm
 from lightning_compress.networks import resnet_cifar
 from lightning_compress.networks.googlenet_cifar import Inception
 
@@ -236,3 +241,114 @@ def sketch_weights(
         reader = consumers[name]
         sketched[reader] = sketch_conv(sketched.get(reader, weights[reader]), width, 1, layout, norm)
     return sketched
+
+
+class FilterSketch(ChannelPruning):
+    """Replace the filters inside every block by a sketch of all of them, without data, before a fit.
+
+    Args:
+        pruning_ratio: share of the filters that the sketch saves: a number, a dict by glob, or a list with one number
+            per residual or inception block (the authors state what stays: sketch_rate = 1 - pruning_ratio).
+        start_conv: number (from 1) of the block that a list begins with; earlier blocks stay whole.
+        weight_norm_method: ``"l2"`` divides each sketched tensor by its Frobenius norm, as the authors' commands do.
+        channel_layout: ``"flat"`` is the authors' code, ``"permute"`` what the mathematics means; see `sketch_conv`.
+        bn: ``"reset"`` starts the norm behind a layer that lost filters afresh, and clears the biases of sketched
+            layers; ``"copy_slice"`` keeps the first entries of both.
+        recalibrate_bn: training batches to run after the cut to bring batch-norm statistics in line with the new
+            weights; 0 as in the authors' code, where the first hundred training steps do it.
+
+    The other arguments are those of :class:`~lightning_compress.callbacks.pruning.channel_pruning.ChannelPruning`.
+    Layers inside blocks are narrowed, so that what blocks exchange keeps its width; in networks without blocks, every
+    layer that only one other reads.
+
+    With several processes the sketch is made on rank 0, in float64 on the CPU, and sent to the others.
+
+    Example::
+
+        from lightning_compress.callbacks import FilterSketch
+        trainer = Trainer(callbacks=[FilterSketch(pruning_ratio=0.4)])
+        trainer.fit(module, datamodule)
+
+    Packaged config: ``method/filter_sketch``.
+    """
+
+    def __init__(
+        self,
+        pruning_ratio: float | list[float] | dict[str, float] | str = 0.5,
+        *,
+        start_conv: int = 1,
+        weight_norm_method: Literal["l2"] | None = "l2",
+        channel_layout: Literal["flat", "permute"] = "flat",
+        bn: Literal["reset", "copy_slice"] = "reset",
+        recalibrate_bn: int = 0,
+        target_macs: float | None = None,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+        round_to: int = 1,
+        start_epoch: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            pruning_ratio, target_macs=target_macs, include=include, exclude=exclude, round_to=round_to,
+            start_epoch=start_epoch, seed=seed,
+        )  # fmt: skip
+        if weight_norm_method not in ("l2", None):
+            raise ValueError(f"FilterSketch(weight_norm_method={weight_norm_method!r}): give 'l2' or None.")
+        if channel_layout not in ("flat", "permute"):
+            raise ValueError(f"FilterSketch(channel_layout={channel_layout!r}): give 'flat' or 'permute'.")
+        if bn not in ("reset", "copy_slice"):
+            raise ValueError(f"FilterSketch(bn={bn!r}): give 'reset' or 'copy_slice'.")
+        if start_conv < 1 or recalibrate_bn < 0:
+            raise ValueError(f"FilterSketch: start_conv={start_conv} must be >= 1, recalibrate_bn={recalibrate_bn} >= 0.")
+        self.start_conv = start_conv
+        self.weight_norm_method = weight_norm_method
+        self.channel_layout = channel_layout
+        self.bn = bn
+        self.recalibrate_bn = recalibrate_bn
+
+    def scores(self, trainer: Trainer, pl_module: LightningModule, graph: ChannelGraph) -> dict[str, Tensor]:
+        """A sketch keeps no filter, so the plan just names the first ones."""
+        return {name: -torch.arange(graph.width(name)) for name in self.prunable(pl_module, graph)}
+
+    def prunable(self, pl_module: LightningModule, graph: ChannelGraph) -> list[str]:
+        inner = chains(graph)
+        blocks = {name for block in block_layers(pl_module) for name in block}
+        return [name for name in graph.layers if name in inner and (not blocks or name in blocks)]
+
+    def ratios(self, pl_module: LightningModule, graph: ChannelGraph) -> dict[str, float]:
+        ratio = self.pruning_ratio if isinstance(self.pruning_ratio, Mapping) else parse_ratio(self.pruning_ratio)
+        if isinstance(ratio, list) and block_layers(pl_module):
+            named = block_ratios(pl_module, ratio, self.start_conv)
+            return {name: r for name, r in named.items() if name in graph.layers}
+        return ratio_by_layer(ratio, self.prunable(pl_module, graph))
+
+    def width(self, width: int, ratio: float) -> int:
+        return sketch_width(width, ratio)
+
+    def new_values(self, pl_module: LightningModule, graph: ChannelGraph, plan: ChannelPlan) -> dict[str, Tensor]:
+        consumers = chains(graph)
+        layers = {*plan.kept, *(consumers[name] for name in plan.kept)}
+        weights = {name: pl_module.get_submodule(name).weight.detach().cpu() for name in layers}
+        widths = {name: len(kept) for name, kept in plan.kept.items()}
+        sketched = sketch_weights(weights, consumers, widths, self.channel_layout, self.weight_norm_method)
+        values = {f"{name}.weight": value for name, value in sketched.items()}
+        if self.bn == "reset":
+            values |= self._fresh(pl_module, graph, widths, sketched)
+        return values
+
+    def _fresh(
+        self, pl_module: LightningModule, graph: ChannelGraph, widths: Mapping[str, int], sketched: Iterable[str]
+    ) -> dict[str, Tensor]:
+        fresh = {f"{n}.bias": torch.tensor(0.0) for n in sketched if pl_module.get_submodule(n).bias is not None}
+        for name in widths:
+            norm = own_norm(pl_module, graph, name)
+            if norm is not None:
+                start = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
+                fresh |= {f"{norm}.{key}": torch.tensor(value) for key, value in start.items()}
+        return fresh
+
+    def prune(self, trainer: Trainer, pl_module: LightningModule) -> ChannelPlan:
+        plan = super().prune(trainer, pl_module)
+        if self.recalibrate_bn:
+            recalibrate_batch_norm(trainer, pl_module, self.recalibrate_bn)
+        return plan

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.core.meta import as_inputs, evaluating
+from lightning_compress.core.example_input import inputs_for
+from lightning_compress.core.meta import evaluating
 from lightning_compress.core.surgery.graph import ChannelGraph
 from lightning_compress.core.surgery.operators import tensors_in
 from lightning_compress.core.surgery.plan import ChannelPlan
@@ -55,7 +56,7 @@ def compact(network: nn.Module, example_input: Any, *, tolerance: float = 1e-4) 
         return network
     small = copy.deepcopy(network)
     _narrow(small, graph, dead)
-    args, kwargs = as_inputs(example_input)
+    args, kwargs = inputs_for(network, example_input)
     with evaluating(network), evaluating(small):
         pairs = zip(tensors_in(network(*args, **kwargs)), tensors_in(small(*args, **kwargs)), strict=True)
         same = all(torch.allclose(a, b, atol=tolerance * max(1.0, float(a.abs().max())), rtol=0) for a, b in pairs)
@@ -110,6 +111,9 @@ def _narrow(network: nn.Module, graph: ChannelGraph, dead: dict[str, Tensor]) ->
     alive[-1] = True  # units that must stay are marked -1
     for name, units in graph.layers.items():
         alive[units[~dead[name].numpy()] if name in dead else units] = True
+    for (tensor, dim), units in graph.axes.items():  # what is no layer writes too: the map of a padded shortcut
+        if dim == 0 and (tensor, 1) in graph.axes and tensor.rpartition(".")[0] not in graph.layers:
+            alive[units] = True
     for group in graph.groups:
         if not alive[group.units].any():
             alive[group.units[0]] = True

@@ -123,7 +123,7 @@ class HRank(ChannelPruning):
     # ---- what to remove
 
     def scores(self, trainer: Trainer, pl_module: LightningModule, graph: ChannelGraph) -> dict[str, Tensor]:
-        layers = [n for n in graph.layers if isinstance(pl_module.get_submodule(n), nn.Conv2d)]
+        layers = self.prunable(pl_module, graph)
         prefix, network = paper_network(pl_module)
         if self.rank_file is not None:
             arrays = rank_arrays(network) if network is not None else {}
@@ -135,8 +135,11 @@ class HRank(ChannelPruning):
         self.ranks.check({n: graph.width(n) for n in layers})
         return {n: self.ranks.mean(n) for n in layers}
 
+    def prunable(self, pl_module: LightningModule, graph: ChannelGraph) -> list[str]:
+        return [n for n in graph.layers if isinstance(pl_module.get_submodule(n), nn.Conv2d)]
+
     def ratios(self, pl_module: LightningModule, graph: ChannelGraph) -> dict[str, float]:
-        convolutions = [n for n in graph.layers if isinstance(pl_module.get_submodule(n), nn.Conv2d)]
+        convolutions = self.prunable(pl_module, graph)
         ratio = self.pruning_ratio if isinstance(self.pruning_ratio, Mapping) else parse_ratio(self.pruning_ratio)
         prefix, network = paper_network(pl_module)
         if isinstance(ratio, list) and network is not None:

@@ -12,8 +12,8 @@ number of singular values above sigma_max * max(h, w) * eps(float32).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -54,31 +54,26 @@ def feature_map_rank(features: Tensor) -> Tensor:
     """
     if features.dim() != 4 or 0 in features.shape[2:]:
         raise ValueError(f"features must be of shape (N, C, H, W), got {tuple(features.shape)}.")
-    maps = features.detach().float().flatten(0, 1)
-    if not maps.sum(dtype=torch.float64).isfinite():  # an eighth of the cost of isfinite().all()
-        raise ValueError("features must be finite, got NaN or infinity: the network's weights are broken.")
-    height, width = maps.shape[1:]
-    step = max(1, CHUNK // (height * width))
-    if maps.is_cuda:  # one launch does a batch of SVDs
-        ranks = [torch.linalg.matrix_rank(chunk) for chunk in maps.split(step)]
-    else:
-        # Up to 4x4 an SVD costs no more than anything else.
-        rank = torch.linalg.matrix_rank if min(height, width) <= 4 else _rank_by_inertia
-        ranks = _in_threads(rank, maps.cpu().split(step))
-    return torch.cat(ranks).view(features.shape[:2]).to(features.device)
+    with _one_thread():
+        maps = features.detach().float().flatten(0, 1)
+        maps = maps if maps.is_cuda else maps.cpu()
+        if not maps.sum(dtype=torch.float64).isfinite():  # an eighth of the cost of isfinite().all()
+            raise ValueError("features must be finite, got NaN or infinity: the network's weights are broken.")
+        height, width = maps.shape[1:]
+        # On CUDA one launch does a batch of SVDs; up to 4x4 an SVD costs no more than anything else.
+        rank = torch.linalg.matrix_rank if maps.is_cuda or min(height, width) <= 4 else _rank_by_inertia
+        ranks = torch.cat([rank(chunk) for chunk in maps.split(max(1, CHUNK // (height * width)))])
+    return ranks.view(features.shape[:2]).to(features.device)
 
 
-def _in_threads(function: Callable[[Tensor], Tensor], chunks: Sequence[Tensor]) -> list[Tensor]:
-    """Apply `function` to every chunk, in as many threads as torch may use, each of which computes alone.
-
-    LAPACK works through a batch in one thread, and around it the operators are too small to be shared by several:
-    waiting for each other costs them up to ten times their work.
-    """
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """LAPACK goes through a batch in one thread, and the operators around it are too small to be shared: on a busy
+    machine, threads that wait for each other take ten times as long."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(min(threads, len(chunks))) as pool:
-            return list(pool.map(function, chunks))
+        yield
     finally:
         torch.set_num_threads(threads)
 
