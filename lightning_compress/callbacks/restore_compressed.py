@@ -23,5 +23,7 @@ class RestoreCompressed(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         record = attach_record(pl_module)
         path = resume_path(trainer)
-        if path is not None and path.is_file():  # now, so that callbacks after this one see the final structure
+        if (
+            path is not None and path.is_file()
+        ):  # now, so that callbacks after this one see the final structure
             record.replay(pl_module, read_steps(path))

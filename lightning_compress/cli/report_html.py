@@ -190,7 +190,8 @@ def _totals(account: dict[str, Any]) -> str:
         before, after = (_total(account[side], name) for side in SIDES)
         if before is None or after is None:
             continue
-        if name == "effective_macs" and all(account[side][name] == account[side]["macs"] for side in SIDES):
+        sides = [account[side] for side in SIDES]
+        if name == "effective_macs" and all(side[name] > 0.999 * side["macs"] for side in sides):
             continue  # nothing is sparse
         share = after / before if before else 1.0
         ratio = f"{before / after:.2f}×" if after else "∞"

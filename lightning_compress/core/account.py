@@ -186,7 +186,8 @@ class Account:
     def _told(self) -> list[tuple[str, tuple[float, float]]]:
         """The totals that say something: not the MACs of non-zero weights where no weight is zero."""
         totals = self.totals()
-        if totals["effective_macs"] == totals["macs"]:
+        pairs = zip(totals["effective_macs"], totals["macs"], strict=True)
+        if all(effective > 0.999 * macs for effective, macs in pairs):  # a weight may be zero by chance
             del totals["effective_macs"]
         return list(totals.items())
 

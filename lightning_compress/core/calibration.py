@@ -17,7 +17,9 @@ from lightning_compress.core.example_input import first_loader, training_loaders
 from lightning_compress.core.meta import evaluating
 
 
-def training_inputs(trainer: Trainer, pl_module: LightningModule, samples: int, batch_size: int) -> Iterator[Tensor]:
+def training_inputs(
+    trainer: Trainer, pl_module: LightningModule, samples: int, batch_size: int
+) -> Iterator[Tensor]:
     """Inputs of the network from the training loader, with its augmentation and shuffling, on the module's device.
 
     Usable in a callback's `setup`, before Lightning's own loaders exist. With several processes each takes every
@@ -64,7 +66,9 @@ def on_device(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
         pl_module.to(home)
 
 
-def recalibrate_batch_norm(trainer: Trainer, pl_module: LightningModule, num_batches: int, batch_size: int = 128) -> None:
+def recalibrate_batch_norm(
+    trainer: Trainer, pl_module: LightningModule, num_batches: int, batch_size: int = 128
+) -> None:
     """Bring the running statistics of batch norms in line with changed weights: forward passes in train mode.
 
     The statistics become the plain average over the batches. Everything else stays in eval mode and unchanged.
@@ -72,7 +76,11 @@ def recalibrate_batch_norm(trainer: Trainer, pl_module: LightningModule, num_bat
     Args:
         num_batches: batches of `batch_size` training images, in all processes together.
     """
-    norms = [m for m in pl_module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = [
+        m
+        for m in pl_module.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
     momentum = [m.momentum for m in norms]
     with on_device(trainer, pl_module), evaluating(pl_module):
         try:

@@ -92,9 +92,12 @@ def first_loader(loaders: Any) -> Any:
 
 
 def _first_batch(loader: Any) -> Any:
+    """The loader's first batch, with its generator left as it was."""
     generator = getattr(loader, "generator", None)
-    state = generator.get_state() if generator is not None else None
-    batch = next(iter(loader))
-    if state is not None:
+    if generator is None:
+        return next(iter(loader))
+    state = generator.get_state()
+    try:
+        return next(iter(loader))
+    finally:
         generator.set_state(state)
-    return batch

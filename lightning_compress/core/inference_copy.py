@@ -58,6 +58,7 @@ def _bake(module: nn.Module) -> None:
 
     Not by torch's ``remove_parametrizations``, which takes them off the class, and a copy has its original's.
     """
+    assert isinstance(module.parametrizations, nn.ModuleDict)
     with torch.no_grad():
         values = {name: getattr(module, name).clone() for name in module.parametrizations}
     module.__class__ = parametrize.type_before_parametrizations(module)

@@ -120,9 +120,7 @@ class _Terms:
         for term in self.active:
             value = term.fn(outputs, batch, batch_idx)
             if value.numel() != 1:
-                raise ValueError(
-                    f"{term.name}: expected a scalar, got a tensor of shape {tuple(value.shape)}."
-                )
+                raise ValueError(f"{term.name}: expected a scalar, got a tensor of shape {tuple(value.shape)}.")
             self.module.log(term.name, value.detach())
             total = total + term.weight * value
         return total

@@ -168,6 +168,7 @@ def time_in_turns(
         measure_latency(m, x, repeats=1, warmup=2).median_ms for m, x in zip(modules, inputs, strict=True)
     ]
     repeats = [max(1, min(20, round(1e3 * seconds / ms))) for ms in first]
+    rounds = max(1, min(rounds, round(1e4 / max(first))))  # a network of seconds is not worth a minute
     turns = [
         [measure_latency(m, x, repeats=n, warmup=1) for m, x, n in zip(modules, inputs, repeats, strict=True)]
         for _ in range(rounds)
@@ -181,7 +182,7 @@ def time_in_turns(
 def disk_bytes(module: nn.Module) -> int:
     """Size of the file that ``torch.save(module.state_dict(), path)`` would write."""
     sink = _Sink()
-    torch.save(module.state_dict(), sink)
+    torch.save(module.state_dict(), sink)  # type: ignore[arg-type]
     return sink.size
 
 

@@ -11,9 +11,7 @@ from lightning_compress.core.select import match
 _TERM = re.compile(r"\s*\[(?P<entries>[^\[\]]*)\]\s*(?:\*\s*(?P<times>[1-9]\d*)\s*)?")
 
 
-def parse_ratio(
-    text_or_value: str | float | Sequence[float], argument: str = "pruning_ratio"
-) -> float | list[float]:
+def parse_ratio(text_or_value: str | float | Sequence[float], argument: str = "pruning_ratio") -> float | list[float]:
     """Read a ratio, or a list of ratios, one per layer.
 
     Args:
@@ -68,18 +66,14 @@ def ratio_by_layer(
     if isinstance(ratio, Mapping):
         by_layer = dict.fromkeys(names, 0.0)
         for pattern, value in ratio.items():
-            by_layer |= dict.fromkeys(
-                match(names, [pattern], argument), _checked(value, f"{argument}[{pattern!r}]")
-            )
+            by_layer |= dict.fromkeys(match(names, [pattern], argument), _checked(value, f"{argument}[{pattern!r}]"))
         return by_layer
     parsed = parse_ratio(ratio, argument)
     if isinstance(parsed, float):
         return dict.fromkeys(names, parsed)
     if len(parsed) != len(names):
         first = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-        raise ValueError(
-            f"{argument}: {len(parsed)} entries for {len(names)} layers ({first}); give one per layer."
-        )
+        raise ValueError(f"{argument}: {len(parsed)} entries for {len(names)} layers ({first}); give one per layer.")
     return dict(zip(names, parsed, strict=True))
 
 

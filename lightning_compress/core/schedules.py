@@ -134,9 +134,7 @@ class WarmupCosine(LambdaLR):
         ValueError: no epoch is left after the warm-up.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, epochs: int, warmup_epochs: int = 5, steps_per_epoch: int = 1
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, epochs: int, warmup_epochs: int = 5, steps_per_epoch: int = 1) -> None:
         if epochs <= warmup_epochs:
             raise ValueError(f"epochs: expected more than warmup_epochs={warmup_epochs}, got {epochs}.")
 
@@ -146,9 +144,7 @@ class WarmupCosine(LambdaLR):
         super().__init__(optimizer, _with_warmup(wave, warmup_epochs, steps_per_epoch))
 
 
-def _with_warmup(
-    by_epoch: Callable[[int], float], warmup_epochs: int, steps_per_epoch: int
-) -> Callable[[int], float]:
+def _with_warmup(by_epoch: Callable[[int], float], warmup_epochs: int, steps_per_epoch: int) -> Callable[[int], float]:
     """Multiply a factor per epoch by a linear warm-up per step; the result counts steps."""
     for argument, value, least in (
         ("warmup_epochs", warmup_epochs, 0),

@@ -192,6 +192,8 @@ class ImageData(LightningDataModule, ABC):
                 f"mean, std: expected {self.input_shape[0]} values each, one per channel, "
                 f"got {self.mean} and {self.std}."
             )
+        if download and self.source is None:
+            raise ValueError(f"download: {type(self).__name__} cannot be fetched, it has to lie under root.")
         self.augment = augment
         self.download = download
         self.eval_batch_size = eval_batch_size

@@ -125,7 +125,5 @@ class ImageFolder(ImageData):
         labels = {name: label for label, name in enumerate(self.classes)}
         samples = make_dataset(str(path), labels, IMG_EXTENSIONS, allow_empty=True)
         if not samples:
-            raise MisconfigurationException(
-                f"ImageFolder: {path} holds no images ({', '.join(IMG_EXTENSIONS)})."
-            )
+            raise MisconfigurationException(f"ImageFolder: {path} holds no images ({', '.join(IMG_EXTENSIONS)}).")
         return samples

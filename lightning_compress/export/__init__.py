@@ -57,7 +57,7 @@ class Exported:
 
     def __str__(self) -> str:
         what = {"onnx": "ONNX", "torch": "torch.export"}[self.format]
-        batch = "any" if self.dynamic_batch else "one"
+        batch = "any" if self.dynamic_batch else "fixed"
         return (
             f"{self.path} ({what}, {human(self.bytes, 'B')}, {batch} batch size,"
             f" differs from eager by at most {self.max_abs_difference:.1e})"
@@ -198,9 +198,7 @@ def _check_hooks(module: nn.Module, clone: nn.Module, example_input: Any) -> Non
     args, kwargs = _random(inputs_for(clone, example_input))
     with evaluating(module):
         eager_args, eager_kwargs = inputs_for(module, args or kwargs)
-        with_hooks = [
-            t.cpu() for t in tree_leaves(module(*eager_args, **eager_kwargs)) if isinstance(t, Tensor)
-        ]
+        with_hooks = [t.cpu() for t in tree_leaves(module(*eager_args, **eager_kwargs)) if isinstance(t, Tensor)]
         without = [t for t in tree_leaves(clone(*args, **kwargs)) if isinstance(t, Tensor)]
     difference, scale = _compare(without, with_hooks)
     if not difference <= 0.05 * scale:  # coarse, since the module may compute in bfloat16

@@ -46,9 +46,12 @@ def capture(module: nn.Module, args: Args, kwargs: Kwargs, *, dynamic_batch: boo
                 shapes[tensor] = {0: Dim.DYNAMIC}
     while True:
         with torch.no_grad():
-            program = torch.export.export(module, args, dict(kwargs), dynamic_shapes=shapes)
+            program = torch.export.export(module, args, dict(kwargs), dynamic_shapes=shapes, strict=False)
         if not _drop_unused(module, program):
-            return program
+            break
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # file names of this machine are nobody's business elsewhere
+    return program
 
 
 def save_program(program: ExportedProgram, path: Path) -> None:
@@ -71,9 +74,7 @@ def _drop_unused(module: nn.Module, program: ExportedProgram) -> bool:
         if spec.kind is InputKind.PARAMETER and spec.arg.name not in read
     }
     owners = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
-    unread = {
-        name: p for name, p in unread.items() if owners[id(p)] == 1
-    }  # a shared one is read under another name
+    unread = {name: p for name, p in unread.items() if owners[id(p)] == 1}  # a shared one is read under another name
     for name in unread:
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, None)

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_compress.core.surgery import attach_record
+
 
 class ImageClassifier(LightningModule):
     """Cross-entropy training of a network that maps images, (N, C, H, W), to logits, (N, num_classes).
@@ -52,9 +54,7 @@ class ImageClassifier(LightningModule):
     ) -> None:
         super().__init__()
         if lr_scheduler_interval not in ("epoch", "step"):
-            raise ValueError(
-                f"lr_scheduler_interval: expected 'epoch' or 'step', got {lr_scheduler_interval!r}."
-            )
+            raise ValueError(f"lr_scheduler_interval: expected 'epoch' or 'step', got {lr_scheduler_interval!r}.")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing: expected a share in [0, 1), got {label_smoothing}.")
         # only plain values go into checkpoints, so that they load with weights_only=True
@@ -90,6 +90,10 @@ class ImageClassifier(LightningModule):
                     f"{attribute}: {type(datamodule).__name__} has {theirs}, ImageClassifier got {ours}."
                 )
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let `load_from_checkpoint` open checkpoints of pruned networks: they say themselves what was cut."""
+        attach_record(self)
+
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits, (N, num_classes)."""
         if self.channels_last:
@@ -110,9 +114,7 @@ class ImageClassifier(LightningModule):
         images = batch if isinstance(batch, Tensor) else batch[0]
         return self(images).softmax(1)
 
-    def _step(
-        self, split: str, batch: Any, accuracy: MulticlassAccuracy, label_smoothing: float = 0.0
-    ) -> Tensor:
+    def _step(self, split: str, batch: Any, accuracy: MulticlassAccuracy, label_smoothing: float = 0.0) -> Tensor:
         if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
             raise MisconfigurationException(
                 f"ImageClassifier: the {split} batches must be (images, labels), got {_describe(batch)}."
@@ -142,6 +144,8 @@ def _build(name: str, num_classes: int, channels: int) -> nn.Module:
     from lightning_compress.networks.find import OWN, build
 
     argument = "in_channels" if name in OWN else "in_chans" if name.startswith("timm/") else None
+    if argument is None and channels != 3:
+        raise ValueError(f"input_shape: {name!r} is built for 3 channels, got {channels}.")
     return build(name, num_classes=num_classes, **({argument: channels} if argument else {}))
 
 

@@ -118,9 +118,7 @@ def test_terms_stack_see_the_same_outputs_and_leave_in_any_order() -> None:
     loss = module.training_step(batch, 0)
     outputs = []
     module.log = lambda *_: None  # no trainer here
-    one = add_loss_term(
-        module, "a", "x", lambda out, *_: outputs.append(out) or torch.tensor(1.0), weight=2.0
-    )
+    one = add_loss_term(module, "a", "x", lambda out, *_: outputs.append(out) or torch.tensor(1.0), weight=2.0)
     two = add_loss_term(module, "b", "x", lambda out, *_: outputs.append(out) or torch.tensor(10.0))
     assert module.training_step(batch, 0) == loss + 12
     assert outputs == [loss, loss]
@@ -221,9 +219,7 @@ def test_errors_name_the_remedy() -> None:
 
     manual = made()
     manual.automatic_optimization = False
-    with pytest.raises(
-        MisconfigurationException, match=r"toy/x: Regression optimises manually.*LossTermsMixin"
-    ):
+    with pytest.raises(MisconfigurationException, match=r"toy/x: Regression optimises manually.*LossTermsMixin"):
         add_loss_term(manual, "toy", "x", lambda *_: torch.tensor(1.0))
 
     class Fetching(Regression):

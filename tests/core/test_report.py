@@ -434,3 +434,13 @@ def test_one_rank_works_alone(tmp_path, monkeypatch):
 def test_closing_what_was_not_opened(tmp_path):
     trainer = Trainer(logger=False, accelerator="cpu", default_root_dir=tmp_path)
     assert close_account(trainer, Module()) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_both_networks_are_timed_on_the_device_of_the_fit(tmp_path):
+    method = Halve("first", width=4)
+    fit(tmp_path, method, accelerator="gpu", devices=1)
+    name = torch.cuda.get_device_name()
+    assert method.account.before.latency.device_name == method.account.after.latency.device_name == name
+    assert measure(network().cuda(), (1, 3, 10, 10)).latency.device_name == name

@@ -41,9 +41,7 @@ def test_a_ramp_without_length_jumps(shape: str) -> None:
 
 
 def test_ramp_errors() -> None:
-    with pytest.raises(
-        ValueError, match=r"shape: expected one of constant, .*, got 'Cubik'. Did you mean 'cubic'"
-    ):
+    with pytest.raises(ValueError, match=r"shape: expected one of constant, .*, got 'Cubik'. Did you mean 'cubic'"):
         Ramp(0, 1, 0, 1, shape="Cubik")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="end_epoch: 1 is before start_epoch=2"):
         Ramp(0, 1, 2, 1)
@@ -80,11 +78,7 @@ def test_multistep_with_warmup_is_the_published_imagenet_schedule(n: int) -> Non
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_cosine_with_warmup_is_the_published_schedule(n: int) -> None:
-    expected = [
-        published(e, i, n, 0.5 * 0.1 * (1 + cos(pi * (e - 5) / (20 - 5))))
-        for e in range(20)
-        for i in range(n)
-    ]
+    expected = [published(e, i, n, 0.5 * 0.1 * (1 + cos(pi * (e - 5) / (20 - 5)))) for e in range(20) for i in range(n)]
     assert rates(WarmupCosine, 20 * n, epochs=20, steps_per_epoch=n) == pytest.approx(expected)
 
 

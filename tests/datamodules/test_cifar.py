@@ -23,9 +23,7 @@ def labels(images: np.ndarray, classes: int) -> np.ndarray:
 
 
 def write_packed(root: Path, name: str, classes: int) -> None:
-    np.savez(
-        root / name, x_train=TRAIN, y_train=labels(TRAIN, classes), x_test=TEST, y_test=labels(TEST, classes)
-    )
+    np.savez(root / name, x_train=TRAIN, y_train=labels(TRAIN, classes), x_test=TEST, y_test=labels(TEST, classes))
 
 
 def write_torchvision(root: Path, monkeypatch: pytest.MonkeyPatch, source: type, classes: int) -> None:
@@ -85,9 +83,7 @@ def test_batches(tmp_path: Path) -> None:
 def test_an_absent_folder_says_what_is_read(kind: type[CIFAR10], packed: str, tmp_path: Path) -> None:
     folder = kind.source.base_folder
     expected = rf"{packed} or {folder}/ with torchvision's untouched files. download=True fetches it"
-    with pytest.raises(
-        MisconfigurationException, match=rf"{kind.__name__}: no data.*no such folder.*{expected}"
-    ):
+    with pytest.raises(MisconfigurationException, match=rf"{kind.__name__}: no data.*no such folder.*{expected}"):
         kind(str(tmp_path / "nowhere")).setup("fit")
     (tmp_path / "holiday.jpg").touch()
     with pytest.raises(MisconfigurationException, match=rf"it holds holiday.jpg.*{expected}"):
@@ -105,17 +101,13 @@ def test_damaged_packed_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "cifar10.npz"
     write_packed(tmp_path, "cifar10.npz", 10)
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(
-        MisconfigurationException, match=r"cifar10.npz is broken or lacks one of x_train, y_train"
-    ):
+    with pytest.raises(MisconfigurationException, match=r"cifar10.npz is broken or lacks one of x_train, y_train"):
         CIFAR10(str(tmp_path)).setup("fit")
     np.savez(path, x_train=TRAIN, y_train=labels(TRAIN, 10))
     with pytest.raises(MisconfigurationException, match="x_test"):
         CIFAR10(str(tmp_path)).setup("fit")
     np.savez(path, x_train=TRAIN / 255, y_train=labels(TRAIN, 10), x_test=TEST, y_test=labels(TEST, 10))
-    with pytest.raises(
-        MisconfigurationException, match=r"expected images of uint8.*got float64 \(50, 32, 32, 3\)"
-    ):
+    with pytest.raises(MisconfigurationException, match=r"expected images of uint8.*got float64 \(50, 32, 32, 3\)"):
         CIFAR10(str(tmp_path)).setup("fit")
 
 

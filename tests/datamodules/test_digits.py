@@ -64,9 +64,7 @@ def test_the_shift_is_at_most_one_pixel_of_the_scan() -> None:
     still = train.images[train.indices]
     shifted = train.augmentation(still, train.augmentation.draw(len(still), 0, 0))
     ink, ink_shifted = (images.float().sum((1, 2, 3)) for images in (still, shifted))
-    centre, centre_shifted = (
-        (images.float().sum((1, 2)) * torch.arange(32.0)).sum(1) for images in (still, shifted)
-    )
+    centre, centre_shifted = ((images.float().sum((1, 2)) * torch.arange(32.0)).sum(1) for images in (still, shifted))
     moved = ((centre_shifted - centre) / ink)[ink == ink_shifted]  # where no ink left the image
     assert len(moved) > 50  # most digits reach from the first row to the last
     assert moved.round().unique().tolist() == list(range(-4, 5))

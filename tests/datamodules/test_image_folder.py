@@ -101,3 +101,8 @@ def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
         (tmp_path / split / "ant").mkdir(parents=True)
     with pytest.raises(MisconfigurationException, match=r"train holds no images \(.jpg"):
         ImageFolder(str(tmp_path)).setup("fit")
+
+
+def test_it_cannot_be_downloaded() -> None:
+    with pytest.raises(ValueError, match="download: ImageFolder cannot be fetched"):
+        ImageFolder(download=True)

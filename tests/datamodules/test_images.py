@@ -24,9 +24,7 @@ class TinyClassifier(LightningModule):
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Conv2d(shape[0], 4, 3, stride=4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10)
-        )
+        self.net = nn.Sequential(nn.Conv2d(shape[0], 4, 3, stride=4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10))
         self.net(torch.zeros(1, *shape))
         self.seen: list[Tensor] = []
 
@@ -60,9 +58,7 @@ def write_photographs(root: Path, per_class: int = 6) -> Path:
             folder.mkdir(parents=True)
             for i in range(per_class):
                 height, width = rng.integers(24, 48, 2)
-                Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(
-                    folder / f"{i}.png"
-                )
+                Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     return root
 
 
@@ -178,9 +174,7 @@ def test_lightning_keeps_the_sampler_under_ddp_and_turns_it_off_to_overfit(tmp_p
 
 def test_crop_and_flip_against_a_loop() -> None:
     augmentation = Augmentation(padding=3, flip=True)
-    images = torch.randint(
-        0, 256, (200, 2, 5, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    images = torch.randint(0, 256, (200, 2, 5, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     draws = augmentation.draw(200, seed=4, epoch=9)
     expected = []
     for image, (top, left, flip) in zip(images, draws.tolist(), strict=True):
@@ -194,9 +188,7 @@ def test_crop_and_flip_against_a_loop() -> None:
 def test_images_are_normalised_as_torchvision_does() -> None:
     from torchvision.transforms import v2
 
-    images = torch.randint(
-        0, 256, (4, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
     dataset = ImageArrays(images, torch.arange(4), torch.tensor([2, 0]), mean, std)
     reference = v2.Normalize(mean, std)(images[[2, 0]].float() / 255)

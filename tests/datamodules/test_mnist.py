@@ -11,10 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_compress.datamodules import MNIST, FashionMNIST
 
 RNG = np.random.default_rng(0)
-IMAGES = {
-    part: RNG.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-    for part, count in (("train", 40), ("t10k", 20))
-}
+IMAGES = {part: RNG.integers(0, 256, (count, 28, 28), dtype=np.uint8) for part, count in (("train", 40), ("t10k", 20))}
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
@@ -54,9 +51,7 @@ def test_augmentation_is_off_unless_asked_for(kind: type[MNIST], tmp_path: Path)
 def test_absent_files_say_what_is_read(kind: type[MNIST], tmp_path: Path) -> None:
     write(tmp_path, kind.__name__)
     (tmp_path / kind.__name__ / "raw" / "t10k-labels-idx1-ubyte").unlink()
-    message = (
-        rf"it holds {kind.__name__}\).*Expected {kind.__name__}/raw/.*t10k.*labels-idx1-ubyte. download=True"
-    )
+    message = rf"it holds {kind.__name__}\).*Expected {kind.__name__}/raw/.*t10k.*labels-idx1-ubyte. download=True"
     with pytest.raises(MisconfigurationException, match=message):
         kind(str(tmp_path)).setup("fit")
 

@@ -62,6 +62,8 @@ def test_file_equals_eager_at_any_batch_size(tmp_path, capfd, format, suffix):
     assert exported.bytes == exported.path.stat().st_size
     assert exported.dynamic_batch
     assert exported.max_abs_difference < 1e-4
+    assert exported.bytes < 1.4 * 4 * sum(p.numel() for p in network.parameters())
+    assert b"resnet_cifar.py" not in exported.path.read_bytes()
     assert network.training
     x = torch.randn(5, 3, 32, 32)
     expected = network.eval()(x)
@@ -126,6 +128,17 @@ def test_half_precision_is_exported_as_float32(tmp_path, dtype):
     assert out.dtype is torch.float32
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("format", ["onnx", "torch"])
+def test_module_on_a_gpu(tmp_path, format):
+    net = Net().cuda()
+    exported = export(net, tmp_path / "net", torch.zeros(1, 3, 8, 8, device="cuda"), format=format)
+    assert net.conv.weight.is_cuda
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(run(exported, x), net.cpu().eval()(x), atol=1e-4, rtol=1e-4)
+
+
 class Half(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return weight / 2
@@ -169,6 +182,17 @@ def test_network_that_fixes_its_batch(tmp_path, format):
     torch.testing.assert_close(run(exported, x), 2 * x)
 
 
+def test_channels_that_are_zero_are_not_exported(tmp_path):
+    net = Net()
+    with torch.no_grad():
+        for tensor in (net.conv.weight, net.conv.bias, net.bn.weight, net.bn.bias):
+            tensor[2:] = 0
+    exported = export(net, tmp_path / "net.pt2", (1, 3, 8, 8))
+    assert torch.export.load(exported.path).state_dict["conv.weight"].shape == (2, 3, 3, 3)
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(run(exported, x), net.eval()(x))
+
+
 def test_fixed_batch_on_request(tmp_path):
     exported = export(Net(), tmp_path / "net.onnx", (4, 3, 8, 8), dynamic_batch=False)
     assert not exported.dynamic_batch
@@ -203,9 +227,7 @@ def test_compiled_network(tmp_path):
 
 def test_difference_above_atol_removes_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_compress.export.run_onnx", lambda *_: [torch.full((3, 4), 0.5)])
-    with pytest.raises(
-        RuntimeError, match=r"Net differs from the eager module by 0\.\d+ on random input; atol"
-    ):
+    with pytest.raises(RuntimeError, match=r"Net differs from the eager module by 0\.\d+ on random input; atol"):
         export(Net(), tmp_path / "net.onnx", (1, 3, 8, 8))
     assert list(tmp_path.iterdir()) == []
 

@@ -80,7 +80,9 @@ class ChannelPruning(Callback):
         else:
             parse_ratio(pruning_ratio)
         if target_macs is not None and not 0 < target_macs < 1:
-            raise ValueError(f"{name}(target_macs={target_macs}): give the share of MACs to keep, between 0 and 1.")
+            raise ValueError(
+                f"{name}(target_macs={target_macs}): give the share of MACs to keep, between 0 and 1."
+            )
         if round_to < 1:
             raise ValueError(f"{name}(round_to={round_to}): give a whole number of at least 1.")
         if start_epoch < 0:
@@ -118,7 +120,9 @@ class ChannelPruning(Callback):
         """Channels kept of `width`. Papers round differently."""
         return floor_width(width, ratio)
 
-    def new_values(self, pl_module: LightningModule, graph: ChannelGraph, plan: ChannelPlan) -> dict[str, Tensor]:
+    def new_values(
+        self, pl_module: LightningModule, graph: ChannelGraph, plan: ChannelPlan
+    ) -> dict[str, Tensor]:
         """Tensor name -> value in the narrow network, where it is not just the kept slice. Called before the cut."""
         return {}
 
@@ -135,7 +139,11 @@ class ChannelPruning(Callback):
         record = attach_record(pl_module)
         if stage != "fit":
             return
-        if trainer.max_epochs not in (None, -1) and self.start_epoch >= trainer.max_epochs:  # type: ignore[operator]
+        if (
+            self.start_epoch
+            and trainer.max_epochs not in (None, -1)
+            and self.start_epoch >= trainer.max_epochs
+        ):  # type: ignore[operator]
             raise MisconfigurationException(
                 f"{type(self).__name__}(start_epoch={self.start_epoch}) never happens: the Trainer stops after "
                 f"max_epochs={trainer.max_epochs}."
@@ -161,7 +169,9 @@ class ChannelPruning(Callback):
         check_optimizers(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if 0 < self.start_epoch <= trainer.current_epoch and not self._is_done(attach_record(pl_module).steps):
+        if 0 < self.start_epoch <= trainer.current_epoch and not self._is_done(
+            attach_record(pl_module).steps
+        ):
             self.prune(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -253,4 +263,6 @@ class ChannelPruning(Callback):
         if trainer.world_size > 1:
             mine = [tuple(p.shape) for p in pl_module.parameters()]
             if trainer.strategy.broadcast(mine) != mine:
-                raise RuntimeError(f"{type(self).__name__}: rank {trainer.global_rank} has other shapes than rank 0.")
+                raise RuntimeError(
+                    f"{type(self).__name__}: rank {trainer.global_rank} has other shapes than rank 0."
+                )

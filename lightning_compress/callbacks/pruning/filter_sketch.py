@@ -181,7 +181,7 @@ def chains(graph: ChannelGraph) -> dict[str, str]:
 
 
 def block_layers(network: nn.Module) -> list[tuple[str, ...]]:
-    """The layers that each number of the authors' lists narrows, block by block; empty for networks without such blocks.
+    """The layers that each number of the authors' lists narrows, block by block; empty where there are no such blocks.
 
     >>> block_layers(resnet.resnet50())[1]
     ('layer1.1.conv1', 'layer1.1.conv2')
@@ -299,7 +299,9 @@ class FilterSketch(ChannelPruning):
         if bn not in ("reset", "copy_slice"):
             raise ValueError(f"FilterSketch(bn={bn!r}): give 'reset' or 'copy_slice'.")
         if start_conv < 1 or recalibrate_bn < 0:
-            raise ValueError(f"FilterSketch: start_conv={start_conv} must be >= 1, recalibrate_bn={recalibrate_bn} >= 0.")
+            raise ValueError(
+                f"FilterSketch: start_conv={start_conv} must be >= 1, recalibrate_bn={recalibrate_bn} >= 0."
+            )
         self.start_conv = start_conv
         self.weight_norm_method = weight_norm_method
         self.channel_layout = channel_layout
@@ -337,7 +339,11 @@ class FilterSketch(ChannelPruning):
         return values
 
     def _fresh(
-        self, pl_module: LightningModule, graph: ChannelGraph, widths: Mapping[str, int], sketched: Iterable[str]
+        self,
+        pl_module: LightningModule,
+        graph: ChannelGraph,
+        widths: Mapping[str, int],
+        sketched: Iterable[str],
     ) -> dict[str, Tensor]:
         fresh = {f"{n}.bias": torch.tensor(0.0) for n in sketched if pl_module.get_submodule(n).bias is not None}
         for name in widths:

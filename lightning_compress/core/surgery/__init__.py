@@ -1,8 +1,8 @@
 """Structural surgery: follow channels, plan what goes, shrink, and keep training, optimisers and checkpoints whole.
 
-    graph = channel_graph(network, example_input)      # who is coupled to whom
-    plan = allocate(graph, scores, ratios)             # layer -> kept channels, plain data
-    apply_cuts(network, plan.cuts(graph))              # physically narrow, any module
+graph = channel_graph(network, example_input)      # who is coupled to whom
+plan = allocate(graph, scores, ratios)             # layer -> kept channels, plain data
+apply_cuts(network, plan.cuts(graph))              # physically narrow, any module
 """
 
 from lightning_compress.core.surgery.fit import resume_path, shrink_in_fit, shrink_in_setup

@@ -59,7 +59,9 @@ def compact(network: nn.Module, example_input: Any, *, tolerance: float = 1e-4) 
     args, kwargs = inputs_for(network, example_input)
     with evaluating(network), evaluating(small):
         pairs = zip(tensors_in(network(*args, **kwargs)), tensors_in(small(*args, **kwargs)), strict=True)
-        same = all(torch.allclose(a, b, atol=tolerance * max(1.0, float(a.abs().max())), rtol=0) for a, b in pairs)
+        same = all(
+            torch.allclose(a, b, atol=tolerance * max(1.0, float(a.abs().max())), rtol=0) for a, b in pairs
+        )
     return small if same else network
 
 
@@ -95,7 +97,7 @@ def norms_reading(network: nn.Module, graph: ChannelGraph, layer: str) -> dict[s
 def _zero_rows(layer: nn.Module) -> Tensor:
     weight, bias = layer.weight.detach(), layer.bias
     zero = (weight == 0).flatten(1).all(1)
-    return zero if bias is None else zero & (bias.detach() == 0)
+    return (zero if bias is None else zero & (bias.detach() == 0)).cpu()
 
 
 def _norm_is_zero(network: nn.Module, graph: ChannelGraph, layer: str) -> Tensor:
@@ -111,7 +113,10 @@ def _narrow(network: nn.Module, graph: ChannelGraph, dead: dict[str, Tensor]) ->
     alive[-1] = True  # units that must stay are marked -1
     for name, units in graph.layers.items():
         alive[units[~dead[name].numpy()] if name in dead else units] = True
-    for (tensor, dim), units in graph.axes.items():  # what is no layer writes too: the map of a padded shortcut
+    for (
+        tensor,
+        dim,
+    ), units in graph.axes.items():  # what is no layer writes too: the map of a padded shortcut
         if dim == 0 and (tensor, 1) in graph.axes and tensor.rpartition(".")[0] not in graph.layers:
             alive[units] = True
     for group in graph.groups:
@@ -138,4 +143,6 @@ def _narrow_alone(network: nn.Module, layer: str, norm: str | None, kept: Tensor
                     registry[key] = nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value
         sync_attributes(module)
     parent, _, leaf = last.rpartition(".")
-    network.get_submodule(parent).add_module(leaf, nn.Sequential(network.get_submodule(last), ScatterChannels(kept, width)))
+    network.get_submodule(parent).add_module(
+        leaf, nn.Sequential(network.get_submodule(last), ScatterChannels(kept, width))
+    )

@@ -78,7 +78,11 @@ def _check(trainer: Trainer, by: str) -> None:
             late = isinstance(callback, WeightAveraging) and not trainer.optimizers
             raise MisconfigurationException(
                 f"{by} changes the network's structure, but {type(callback).__name__} has already copied it. "
-                + (f"List {by} before it." if late else "Average in a second fit, after the structure is final.")
+                + (
+                    f"List {by} before it."
+                    if late
+                    else "Average in a second fit, after the structure is final."
+                )
             )
 
 

@@ -118,7 +118,9 @@ class ChannelGraph:
         layers, left_alone = {}, {}
         for name, ids in widths.items():
             if ids is None:
-                left_alone[name] = "has a single channel, or its weight is computed by an operator that is not known"
+                left_alone[name] = (
+                    "has a single channel, or its weight is computed by an operator that is not known"
+                )
                 continue
             why = [reason[u] for u in unit[ids] if u in reason]
             if why:

@@ -70,7 +70,9 @@ class ChannelPlan:
         for (tensor, dim), units in graph.axes.items():
             stays = alive[units]
             if not stays.any():
-                raise ValueError(f"The plan leaves nothing of {tensor!r} along dim {dim}; keep at least one channel.")
+                raise ValueError(
+                    f"The plan leaves nothing of {tensor!r} along dim {dim}; keep at least one channel."
+                )
             if not stays.all():
                 cuts.append(Cut(tensor, dim, len(units), torch.from_numpy(np.flatnonzero(stays))))
         return cuts
@@ -80,7 +82,9 @@ class ChannelPlan:
             why = graph.left_alone.get(name)
             if why is not None:
                 raise MisconfigurationException(f"Layer {name!r} cannot be narrowed: it {why}.")
-            raise ValueError(f"The plan names layer {name!r}, which the network does not have.{did_you_mean(name, graph.layers)}")
+            raise ValueError(
+                f"The plan names layer {name!r}, which the network does not have.{did_you_mean(name, graph.layers)}"
+            )
         units, kept = graph.layers[name], self.kept[name].numpy()
         if not kept.size or kept.min() < 0 or kept.max() >= len(units):
             raise ValueError(
@@ -88,7 +92,9 @@ class ChannelPlan:
             )
         gone = np.setdiff1d(np.arange(len(units)), kept)
         if (units[gone] < 0).any():
-            raise MisconfigurationException(f"Some channels of {name!r} must stay: it {graph.left_alone[name]}.")
+            raise MisconfigurationException(
+                f"Some channels of {name!r} must stay: it {graph.left_alone[name]}."
+            )
         return units[gone]
 
 
@@ -171,7 +177,9 @@ def _round(size: int, units: int, per_unit: int, round_to: int) -> int:
 
 def widths(graph: ChannelGraph, plan: ChannelPlan) -> dict[str, tuple[int, int]]:
     """Layer -> (dense width, kept width), for every layer that the graph can narrow."""
-    return {n: (graph.width(n), len(plan.kept[n]) if n in plan.kept else graph.width(n)) for n in graph.layers}
+    return {
+        n: (graph.width(n), len(plan.kept[n]) if n in plan.kept else graph.width(n)) for n in graph.layers
+    }
 
 
 def scaled_macs(macs: Mapping[str, int], graph: ChannelGraph, cuts: Sequence[Cut]) -> float:
@@ -189,6 +197,8 @@ def scaled_macs(macs: Mapping[str, int], graph: ChannelGraph, cuts: Sequence[Cut
     for name in list(share):  # an attention's own products shrink with its heads
         parent, _, leaf = name.rpartition(".")
         if leaf == "qkv" and parent in macs:
-            heads = next((len(c.kept) / c.size for c in cuts if c.tensor == f"{name}.weight" and c.dim == 0), 1.0)
+            heads = next(
+                (len(c.kept) / c.size for c in cuts if c.tensor == f"{name}.weight" and c.dim == 0), 1.0
+            )
             share.setdefault(parent, heads)
     return sum(value * share.get(name, 1.0) for name, value in macs.items())

@@ -166,6 +166,9 @@ def _same(left: Sequence[Step], right: Sequence[Step]) -> bool:
     """Whether two histories cut the same."""
     return len(left) == len(right) and all(
         len(a["cuts"]) == len(b["cuts"])
-        and all(tuple(x[:3]) == tuple(y[:3]) and torch.equal(x[3], y[3]) for x, y in zip(a["cuts"], b["cuts"], strict=True))
+        and all(
+            tuple(x[:3]) == tuple(y[:3]) and torch.equal(x[3], y[3])
+            for x, y in zip(a["cuts"], b["cuts"], strict=True)
+        )
         for a, b in zip(left, right, strict=True)
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -258,7 +256,7 @@ def test_lists_start_at_start_conv():
 def test_sketches_of_a_bottleneck_go_both_ways():
     network = resnet50()
     weights = {name: module.weight for name, module in network.named_modules() if isinstance(module, nn.Conv2d)}
-    widths = {name: 20 for name in block_layers(network)[0]}
+    widths = dict.fromkeys(block_layers(network)[0], 20)
     consumers = {"layer1.0.conv1": "layer1.0.conv2", "layer1.0.conv2": "layer1.0.conv3"}
     sketched = sketch_weights(weights, consumers, widths)
     assert {name: tuple(w.shape) for name, w in sketched.items()} == {

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_compress import networks
+from lightning_compress.core.profile import profile
 from lightning_compress.core.surgery import (
     ChannelGraph,
     ChannelPlan,
@@ -23,7 +24,6 @@ from lightning_compress.core.surgery import (
     check_cuts,
     scaled_macs,
 )
-from lightning_compress.core.profile import profile
 
 CONVNETS = ["resnet18", "resnet50", "mobilenet_v2", "vgg16", "densenet121", "googlenet", "efficientnet_b0",
             "mobilenet_v3_small", "resnext50_32x4d", "regnet_y_400mf", "shufflenet_v2_x0_5"]  # fmt: skip

@@ -253,9 +253,15 @@ def collect_ranks(
     }
     ranks = FeatureRanks()
     batches = training_inputs(trainer, pl_module, num_batches * batch_size, batch_size)
-    show = trainer.is_global_zero and trainer.progress_bar_callback is not None and trainer.progress_bar_callback.is_enabled
-    with on_device(trainer, pl_module), evaluating(pl_module), feature_maps(
-        pl_module, layers, taps, lambda layer, maps: ranks.update(layer, feature_map_rank(maps))
+    show = (
+        trainer.is_global_zero
+        and trainer.progress_bar_callback is not None
+        and trainer.progress_bar_callback.is_enabled
+    )
+    with (
+        on_device(trainer, pl_module),
+        evaluating(pl_module),
+        feature_maps(pl_module, layers, taps, lambda layer, maps: ranks.update(layer, feature_map_rank(maps))),
     ):
         total = -(-num_batches // trainer.world_size)
         for images in track(batches, "HRank: ranks of feature maps", total=total, disable=not show, transient=True):

@@ -76,7 +76,10 @@ def layout(network: nn.Module, version: Layout = "original") -> list[tuple[str, 
         mids = [(f"{block}.conv1",) for stage in stages for block in stage]
         if plus:
             return [("conv1",), *(tuple(f"{block}.conv2" for block in stage) for stage in stages[:2]), *mids]
-        return [("conv1",), *((f"{b}.{conv}",) for stage in stages for b in stage for conv in ("conv1", "conv2"))]
+        return [
+            ("conv1",),
+            *((f"{b}.{conv}",) for stage in stages for b in stage for conv in ("conv1", "conv2")),
+        ]
     if _is_bottleneck(network):
         stages = _stages(network)
         if plus:
@@ -91,7 +94,7 @@ def layout(network: nn.Module, version: Layout = "original") -> list[tuple[str, 
     if isinstance(network, CIFARDenseNet):
         return [(name,) if i or not plus else () for i, name in enumerate(_convs(network))]
     if isinstance(network, CIFARGoogLeNet):
-        inside = "branch1x1.out branch3x3.out branch5x5.mid branch5x5.out branch_pool.out".split()
+        inside = ("branch1x1.out", "branch3x3.out", "branch5x5.mid", "branch5x5.out", "branch_pool.out")
         if not plus:
             return [("stem.conv",), *(tuple(f"{i}.{conv}.conv" for conv in inside) for i in INCEPTIONS)]
         shrinks = [tuple(f"{i}.{conv}.conv" for conv in inside[1:4]) for i in INCEPTIONS[:-1]]

@@ -112,9 +112,7 @@ def _count_above(gram: Tensor, level: Tensor) -> Tensor:
     return positive.sum(-1) + (pivots < 0).sum(-1) // 2
 
 
-def select_channels(
-    ranks: Tensor, pruning_ratio: float, rounding: Literal["keep", "prune"] = "keep"
-) -> Tensor:
+def select_channels(ranks: Tensor, pruning_ratio: float, rounding: Literal["keep", "prune"] = "keep") -> Tensor:
     """Channels to keep: those of highest rank; among equals the lower index goes first.
 
     Args:
@@ -261,9 +259,7 @@ class FeatureRanks:
             self.counts[layer] = torch.zeros_like(count)
         known = self.sums[layer]
         if total.shape != known.shape:
-            raise ValueError(
-                f"Layer {layer!r} had ranks of {len(known)} channels so far, now there are {len(total)}."
-            )
+            raise ValueError(f"Layer {layer!r} had ranks of {len(known)} channels so far, now there are {len(total)}.")
         self.sums[layer] = known + total.to(known.device)
         self.counts[layer] = self.counts[layer] + count.to(known.device)
 

@@ -56,7 +56,10 @@ def unaligned_values(
             slices(f"{layer}.weight", **chosen)
         if layer in own:
             norm = own_norm(network, graph, layer)
-            for name in [f"{layer}.bias", *(f"{norm}.{k}" for k in ("weight", "bias", "running_mean", "running_var"))]:
+            for name in [
+                f"{layer}.bias",
+                *(f"{norm}.{k}" for k in ("weight", "bias", "running_mean", "running_var")),
+            ]:
                 if name in tensors:
                     slices(name, d0=own[layer])
     for name, tensor in tensors.items():  # parameter-free shortcuts pad in the middle, whatever was kept

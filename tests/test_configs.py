@@ -1,0 +1,104 @@
+"""Every packaged config parses, can be built, says what it is, and costs what the paper printed."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from functools import cache
+from typing import Any
+
+import pytest
+from lightning.pytorch import Trainer
+
+from lightning_compress import callbacks
+from lightning_compress.catalog import CARDS, CONFIGS, Row, cards, config_names
+from lightning_compress.cli.configs import find_config, summary
+from lightning_compress.cli.lightning_cli import CompressCLI
+from lightning_compress.core.profile import profile
+from lightning_compress.core.surgery import allocate, apply_cuts
+from lightning_compress.modules import ImageClassifier
+
+NAMES = config_names()
+# What a fragment needs beside it to be a whole.
+REST = {"data": ["model/resnet20"], "model": ["data/cifar10"], "method": ["data/digits", "model/resnet20"]}
+
+
+def arguments(name: str) -> list[str]:
+    rest = ["data/mnist"] if name == "model/lenet5" else REST.get(name.split("/")[0], [])
+    return [arg for part in (*rest, name) for arg in ("--config", part)]
+
+
+@pytest.fixture(scope="module")
+def parser():
+    return CompressCLI(arguments("quickstart"), run=False).parser
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parses(parser, name: str):
+    config = parser.parse_args(arguments(name))
+    assert config.model.class_path.endswith("ImageClassifier")
+    if name.startswith("method/"):
+        assert len(config.trainer.callbacks) == 1
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if "imagenet" not in n and "cifar10_" not in n])
+def test_builds_and_the_model_fits_the_data(name: str):
+    cli = CompressCLI([*arguments(name), "--trainer.logger", "false"], run=False)
+    assert isinstance(cli.model, ImageClassifier)
+    assert cli.model.input_shape == cli.datamodule.input_shape
+    assert cli.model.num_classes == cli.datamodule.num_classes
+    cli.model(cli.model.example_input_array.repeat(2, 1, 1, 1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_says_what_it_is(name: str):
+    lines = find_config(name).read_text(encoding="utf-8").splitlines()
+    comment = [line for line in lines if line.startswith("#")]
+    assert lines[: len(comment)] == comment, "the comment stands on top"
+    assert 20 < len(summary(name)) < 120
+    assert max(map(len, lines)) <= 120
+    if name.startswith(("method/", "recipes/")):
+        assert "arXiv:" in "".join(comment)
+    if name.startswith("recipes/"):
+        assert "data" in "".join(comment).lower()
+        assert "minute" in "".join(comment) or "epochs" in "".join(comment)
+
+
+def test_no_config_is_empty_or_elsewhere():
+    assert {p.suffix for p in CONFIGS.rglob("*") if p.is_file()} == {".yaml"}
+    slugs = {card.slug for card in CARDS}
+    assert {n.split("/")[1] for n in NAMES if n.startswith(("recipes/", "method/"))} <= slugs
+
+
+# ---- cost of the papers' rows
+
+ONE_SHOT = [row for card in cards("ready") for row in card.published if "sequential" not in row.setting]
+
+
+@cache
+def dense(network: str, num_classes: int, input_shape: tuple[int, ...]) -> ImageClassifier:
+    return ImageClassifier(network, num_classes=num_classes, input_shape=input_shape)  # type: ignore[arg-type]
+
+
+@cache
+def trace(kind: type, network: str, num_classes: int, input_shape: tuple[int, ...]) -> Any:
+    return kind().trace(Trainer(logger=False, barebones=True), dense(network, num_classes, input_shape))
+
+
+@pytest.mark.parametrize("row", ONE_SHOT, ids=lambda row: row.config.removeprefix("recipes/"))
+def test_recipe_costs_what_the_paper_printed(parser, row: Row):
+    if row.config.endswith("published_list"):
+        pytest.skip("the printed list does not give the printed cost; the config says so")
+    config = parser.parse_args(["--config", row.config])
+    method, model = config.trainer.callbacks[0], config.model.init_args
+    pruner = getattr(callbacks, method.class_path.rpartition(".")[2])(**method.init_args.as_dict())
+    where = (model.network, model.num_classes, tuple(model.input_shape))
+    graph = trace(type(pruner), *where)
+    module = deepcopy(dense(*where))
+    ratios = pruner.ratios(module, graph)
+    scores = {name: module.get_submodule(name).weight.detach().flatten(1).sum(1) for name in ratios}
+    apply_cuts(module, allocate(graph, scores, ratios, width=pruner.width).cuts(graph))
+    cost = profile(module, (1, *model.input_shape))
+    # The papers count batch norms 0, 2 or 4 times; some print no more than two digits.
+    counted = [cost.paper_macs(bn_ops=0, conv_bias=False), cost.paper_macs(), cost.paper_macs(bn_ops=4)]
+    assert min(abs(macs / row.result["macs"] - 1) for macs in counted) < 0.006
+    assert abs(cost.params - row.result["params"]) <= 12_000  # some are rounded down
