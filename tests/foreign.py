@@ -1,30 +1,36 @@
 """A LightningModule that knows nothing of this package, its data, and the shortest Trainer that trains it.
 
-The network has what methods stumble over: a residual sum with functional activations, batch norms, a biased
-convolution, a linear head. The data are a few of scikit-learn's digits in a fixed order.
+The network has what methods stumble over: a residual sum, functional activations, batch norms, a biased
+convolution, a linear head. The data are a few of scikit-learn's digits, always in the same order.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 
+# As where matplotlib is not installed: drawing the account takes longer than such a fit.
+no_pictures = patch("lightning_compress.core.plots.available", return_value=False)
+
+
 class Block(nn.Module):
     """Two convolutions that are added to what they read."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, inner: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, 12, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(12)
-        self.conv2 = nn.Conv2d(12, channels, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(channels, inner, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -32,13 +38,13 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """(N, 1, 8, 8) -> (N, 10). Layers that can be narrowed: stem and conv2 of both blocks, coupled; conv1 of each."""
+    """(N, 1, 8, 8) -> (N, 10). The stem and the conv2 of both blocks are coupled, their conv1 are free."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(1, 8, 3, padding=1)
         self.bn = nn.BatchNorm2d(8)
-        self.blocks = nn.Sequential(Block(8), Block(8))
+        self.blocks = nn.Sequential(Block(8, 12), Block(8, 12))
         self.head = nn.Linear(8, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,7 +52,7 @@ class Network(nn.Module):
 
 
 class Foreign(LightningModule):
-    """Trains a network by SGD with momentum, in two groups, with a scheduler: what a user might write."""
+    """What a user might write: two groups of parameters, momentum, a schedule, metrics of its own."""
 
     def __init__(self, network: nn.Module | None = None, lr: float = 0.1) -> None:
         super().__init__()
@@ -64,15 +70,17 @@ class Foreign(LightningModule):
         self.log("val_loss", F.cross_entropy(logits, batch[1]), sync_dist=True)
         self.log("val_acc", (logits.argmax(1) == batch[1]).float().mean(), sync_dist=True)
 
-    test_step = validation_step
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test_loss", F.cross_entropy(self(batch[0]), batch[1]), sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self(batch[0])
 
     def configure_optimizers(self) -> Any:
-        norms = [p for p in self.parameters() if p.ndim == 1]
-        others = [p for p in self.parameters() if p.ndim > 1]
-        groups = [{"params": others, "weight_decay": 1e-3}, {"params": norms, "weight_decay": 0.0}]
+        groups = [
+            {"params": [p for p in self.parameters() if p.ndim > 1], "weight_decay": 1e-3},
+            {"params": [p for p in self.parameters() if p.ndim == 1], "weight_decay": 0.0},
+        ]
         optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=0.9)
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
 
@@ -84,21 +92,21 @@ def made(network: nn.Module | None = None, **kwargs: Any) -> Foreign:
 
 
 def digits(samples: int = 64, start: int = 0, batch_size: int = 16) -> DataLoader:
-    """Images (N, 1, 8, 8) in [0, 1] and labels."""
+    """Images (N, 1, 8, 8) in [0, 1] with their labels."""
     images, labels = load_digits(return_X_y=True)
     chosen = slice(start, start + samples)
     x = torch.from_numpy(images[chosen]).float().view(-1, 1, 8, 8) / 16
     return DataLoader(TensorDataset(x, torch.from_numpy(labels[chosen])), batch_size)
 
 
-def trainer(root: Path, *callbacks: Callback, **kwargs: Any) -> Trainer:
-    """A Trainer that writes into `root` and says nothing."""
+def make_trainer(root: Path, *callbacks: Callback, **kwargs: Any) -> Trainer:
+    """A Trainer that writes into `root` and shows nothing."""
     defaults = {
         "max_epochs": 2,
         "accelerator": "cpu",
         "devices": 1,
         "logger": False,
-        "enable_checkpointing": any("Checkpoint" in type(c).__name__ for c in callbacks),
+        "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks),
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
@@ -107,7 +115,24 @@ def trainer(root: Path, *callbacks: Callback, **kwargs: Any) -> Trainer:
 
 
 def fit(module: LightningModule, root: Path, *callbacks: Callback, ckpt_path: Any = None, **kwargs: Any) -> Trainer:
-    """Train on 64 digits, 4 steps per epoch; validate on 32 others."""
-    runner = trainer(root, *callbacks, **kwargs)
-    runner.fit(module, digits(), digits(32, 64), ckpt_path=ckpt_path)
-    return runner
+    """Train on 64 digits, 4 steps an epoch; validate on 32 others."""
+    trainer = make_trainer(root, *callbacks, **kwargs)
+    with no_pictures:
+        trainer.fit(module, digits(), digits(32, 64), ckpt_path=ckpt_path)
+    return trainer
+
+
+def widths(module: nn.Module) -> dict[str, int]:
+    """Output channels of every convolution and linear layer."""
+    layers = {n: m for n, m in module.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    return {n: m.weight.shape[0] for n, m in layers.items()}
+
+
+def assert_same(one: nn.Module, other: nn.Module) -> None:
+    """Equal parameters and buffers, bit for bit."""
+    left, right = (
+        {k: v for k, v in m.state_dict().items() if isinstance(v, Tensor)} for m in (one, other)
+    )
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name

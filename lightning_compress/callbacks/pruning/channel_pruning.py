@@ -27,6 +27,7 @@ from lightning_compress.core.surgery import (
     attach_record,
     channel_graph,
     check_cuts,
+    check_trainer,
     floor_width,
     read_steps,
     resume_path,
@@ -60,6 +61,11 @@ class ChannelPruning(Callback):
         ValueError, MisconfigurationException: before the first step, for impossible arguments, names that match no
             layer, or a network whose channels cannot be followed.
     """
+
+    # The arguments that make two instances different: in a list of callbacks, and when a run is resumed.
+    IDENTITY: tuple[str, ...] = (
+        "pruning_ratio", "target_macs", "include", "exclude", "round_to", "start_epoch", "seed"
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -130,20 +136,14 @@ class ChannelPruning(Callback):
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(
-            pruning_ratio=self.pruning_ratio, target_macs=self.target_macs, include=self.include, exclude=self.exclude,
-            start_epoch=self.start_epoch,
-        )  # fmt: skip
+        return self._generate_state_key(**{name: getattr(self, name) for name in self.IDENTITY})
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         record = attach_record(pl_module)
         if stage != "fit":
             return
-        if (
-            self.start_epoch
-            and trainer.max_epochs not in (None, -1)
-            and self.start_epoch >= trainer.max_epochs
-        ):  # type: ignore[operator]
+        endless = trainer.max_epochs in (None, -1) or trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self.start_epoch and not endless and self.start_epoch >= trainer.max_epochs:  # type: ignore[operator]
             raise MisconfigurationException(
                 f"{type(self).__name__}(start_epoch={self.start_epoch}) never happens: the Trainer stops after "
                 f"max_epochs={trainer.max_epochs}."
@@ -154,16 +154,17 @@ class ChannelPruning(Callback):
             steps = read_steps(path)
             if self.start_epoch == 0 and not self._is_done(steps):
                 raise MisconfigurationException(
-                    f"{path} was written by a run without {type(self).__name__}, so it cannot be resumed with it. "
-                    f"To prune a trained network, load its weights into the module and start a fit of its own."
+                    f"{str(path)!r} was written by a run without {self.state_key}, so it cannot be resumed with it; "
+                    f"its network was changed by {' and '.join(step['by'] for step in steps) or 'nothing'}. To prune a "
+                    f"trained network, load its weights into the module and start a fit of its own."
                 )
             record.replay(pl_module, steps)
         if self._is_done(record.steps):
             return
         if self.start_epoch == 0:
             self.prune(trainer, pl_module)
-        else:  # find errors now, not after hours
-            self.ratios(pl_module, self.trace(trainer, pl_module))
+        else:
+            self._rehearse(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_optimizers(trainer, pl_module)
@@ -214,6 +215,14 @@ class ChannelPruning(Callback):
         rank_zero_info(f"{type(self).__name__}: {len(plan.kept)} layers narrowed.")
         return plan
 
+    def _rehearse(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find in `setup` what would fail in `start_epoch`, hours later: everything but the scores is known."""
+        check_trainer(trainer, type(self).__name__, in_fit=True)
+        graph = self.trace(trainer, pl_module)
+        scores = {name: torch.zeros(graph.width(name)) for name in self.prunable(pl_module, graph)}
+        cuts = self._decide(trainer, pl_module, graph, scores).cuts(graph)
+        check_cuts(pl_module, cuts, find_example_input(trainer, pl_module))
+
     def _decide(
         self, trainer: Trainer, pl_module: LightningModule, graph: ChannelGraph, scores: Mapping[str, Tensor]
     ) -> ChannelPlan:
@@ -226,6 +235,7 @@ class ChannelPruning(Callback):
         def share(plan: ChannelPlan) -> float:
             return scaled_macs(macs, graph, plan.cuts(graph)) / max(1, dense.macs)
 
+        self._notes = []
         if self.target_macs is None:
             ratios = self.ratios(pl_module, graph)
         else:

@@ -22,39 +22,17 @@ from typing import Literal
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torchvision.models import resnet
 
 from lightning_compress.callbacks.pruning.channel_pruning import ChannelPruning
 from lightning_compress.core.calibration import recalibrate_batch_norm
 from lightning_compress.core.ratio import parse_ratio, ratio_by_layer
-from lightning_compress.core.surgery import ChannelGraph, ChannelPlan
+from lightning_compress.core.surgery import ChannelGraph, ChannelPlan, attach_record
 from lightning_compress.core.surgery.compact import own_norm
 from lightning_compress.networks import resnet_cifar
 from lightning_compress.networks.googlenet_cifar import Inception
-
-# The authors' lists, as shares to remove (theirs state what stays). The list printed for ResNet-110 does not give the
-# 92.84M MACs and 0.69M parameters reported for it; "published budget" is one that does.
-PUBLISHED_LISTS: dict[str, dict[str, str]] = {
-    "resnet56": {
-        "11.43M": "[0.9]*27",
-        "24.54M": "[0.8]*27",
-        "35.61M": "[0.7]*27",
-        "48.72M": "[0.6]*27",
-        "63.78M": "[0.5]*27",
-        "73.36M": "[0.4]*27",
-        "87.31M": "[0.3]*27",
-        "111.5M": "[0.1]*27",
-        "32.47M": "[0.1]*3+[0.9]*20+[0.4]*4",
-        "62.63M": "[0.3]*3+[0.6]*20+[0.1]*4",
-    },
-    "resnet110": {
-        "published list": "[0.1]*3+[0.6]*24+[0.7]*24+[0.1]*3",
-        "published budget": "[0.5]+[0.6]*18+[0.7]*31+[0.1]*4",
-    },
-    "googlenet_cifar": {"0.59B": "[0.75]*9"},
-    "resnet50": {"0.93B": "[0.8]*16", "2.23B": "[0.4]*16", "2.64B": "[0.3]*16"},
-}
 
 # Kind of block -> the layers inside it that get narrower, all by the one number that a list has for the block.
 NARROWED: dict[type[nn.Module], tuple[str, ...]] = {
@@ -199,7 +177,7 @@ def block_ratios(network: nn.Module, ratios: Sequence[float], start_conv: int = 
 
     Args:
         network: a network of residual or inception blocks.
-        ratios: the list; it begins with the block number ``start_conv``, counted from 1, and blocks before stay whole.
+        ratios: the list. It begins with block number ``start_conv``, counted from 1; blocks before it stay whole.
 
     Raises:
         ValueError: the list does not end with the last block.
@@ -315,7 +293,13 @@ class FilterSketch(ChannelPruning):
     def prunable(self, pl_module: LightningModule, graph: ChannelGraph) -> list[str]:
         inner = chains(graph)
         blocks = {name for block in block_layers(pl_module) for name in block}
-        return [name for name in graph.layers if name in inner and (not blocks or name in blocks)]
+        found = [name for name in graph.layers if name in inner and (not blocks or name in blocks)]
+        if not found:
+            raise MisconfigurationException(
+                f"FilterSketch finds no layer of {type(pl_module).__name__} that a single other layer reads. Channels "
+                f"that are added, concatenated or flattened cannot be sketched; HRank and L1Norm can remove them."
+            )
+        return found
 
     def ratios(self, pl_module: LightningModule, graph: ChannelGraph) -> dict[str, float]:
         ratio = self.pruning_ratio if isinstance(self.pruning_ratio, Mapping) else parse_ratio(self.pruning_ratio)
@@ -355,6 +339,10 @@ class FilterSketch(ChannelPruning):
 
     def prune(self, trainer: Trainer, pl_module: LightningModule) -> ChannelPlan:
         plan = super().prune(trainer, pl_module)
+        tensors = dict(pl_module.named_parameters())
+        for tensor, *_ in attach_record(pl_module).steps[-1]["cuts"]:
+            for optimizer in trainer.optimizers:  # momentum of filters that are no more
+                optimizer.state.pop(tensors.get(tensor), None)
         if self.recalibrate_bn:
             recalibrate_batch_norm(trainer, pl_module, self.recalibrate_bn)
         return plan

@@ -5,7 +5,7 @@ plan = allocate(graph, scores, ratios)             # layer -> kept channels, pla
 apply_cuts(network, plan.cuts(graph))              # physically narrow, any module
 """
 
-from lightning_compress.core.surgery.fit import resume_path, shrink_in_fit, shrink_in_setup
+from lightning_compress.core.surgery.fit import check_trainer, resume_path, shrink_in_fit, shrink_in_setup
 from lightning_compress.core.surgery.graph import ChannelGraph, Group
 from lightning_compress.core.surgery.plan import (
     ChannelPlan,
@@ -32,6 +32,7 @@ __all__ = [
     "carry_optimizer",
     "channel_graph",
     "check_cuts",
+    "check_trainer",
     "floor_width",
     "keep_highest",
     "load",

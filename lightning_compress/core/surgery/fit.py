@@ -8,7 +8,12 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -17,16 +22,45 @@ from lightning_compress.core.surgery.record import attach_record
 from lightning_compress.core.surgery.shrink import carry_optimizer
 
 
+def check_trainer(trainer: Trainer, by: str, *, in_fit: bool) -> None:
+    """Refuse what a change of the structure would break: sharded strategies, and averages of the weights.
+
+    Args:
+        by: the method, as the message names it.
+        in_fit: whether the change comes in the middle of the fit, where no average can follow it.
+
+    Raises:
+        MisconfigurationException: says what to do instead.
+    """
+    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise MisconfigurationException(
+            f"{by} changes the network's structure, which works on one device and with DDP, "
+            f"not with {type(trainer.strategy).__name__}."
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        name = type(callback).__name__
+        if in_fit and isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+            raise MisconfigurationException(
+                f"{by} changes the network in the middle of the fit, where the average of {name} cannot follow. "
+                f"Average in a second fit, when the structure is final."
+            )
+        if getattr(callback, "_average_model", None) is not None:
+            raise MisconfigurationException(
+                f"{by} changes the network's structure, but {name} has already copied the network. "
+                f"List {by} before {name}."
+            )
+
+
 def shrink_in_setup(trainer: Trainer, pl_module: LightningModule, cuts: Sequence[Cut], *, by: str) -> None:
     """Narrow a module in a callback's `setup`: nothing is wrapped and no optimiser exists.
 
     Args:
-        by: the method, for the record.
+        by: the method, for the record: its `state_key`.
 
     Raises:
-        MisconfigurationException: the strategy has no plain module, or an average of the weights already exists.
+        MisconfigurationException: see :func:`check_trainer`.
     """
-    _check(trainer, by)
+    check_trainer(trainer, by.partition("{")[0], in_fit=False)
     attach_record(pl_module).cut(pl_module, cuts, by=by, epoch=trainer.current_epoch)
 
 
@@ -34,9 +68,9 @@ def shrink_in_fit(trainer: Trainer, cuts: Sequence[Cut], *, by: str) -> None:
     """Narrow the module in `on_train_epoch_start`.
 
     Optimisers keep their groups and the kept slices of their state, LR schedulers go on, DDP is wrapped again, and
-    scores of the wider network are forgotten by `ModelCheckpoint` and `EarlyStopping`.
+    scores of the wider network are forgotten by `ModelCheckpoint` and `EarlyStopping`. Call :func:`check_trainer` in
+    `setup`, so that what cannot work is refused before the first step.
     """
-    _check(trainer, by)
     pl_module = trainer.lightning_module
     swaps = attach_record(pl_module).cut(pl_module, cuts, by=by, epoch=trainer.current_epoch)
     for optimizer in trainer.optimizers:
@@ -64,26 +98,6 @@ def resume_path(trainer: Trainer) -> Path | None:
             return Path(path) if path else None
         frame = frame.f_back
     return None
-
-
-def _check(trainer: Trainer, by: str) -> None:
-    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-        raise MisconfigurationException(
-            f"{by} changes the network's structure, which works on one device and with DDP, "
-            f"not with {type(trainer.strategy).__name__}."
-        )
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        average = getattr(callback, "_average_model", None)
-        if average is not None:
-            late = isinstance(callback, WeightAveraging) and not trainer.optimizers
-            raise MisconfigurationException(
-                f"{by} changes the network's structure, but {type(callback).__name__} has already copied it. "
-                + (
-                    f"List {by} before it."
-                    if late
-                    else "Average in a second fit, after the structure is final."
-                )
-            )
 
 
 def _forget_scores(trainer: Trainer) -> None:

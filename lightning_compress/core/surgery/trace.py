@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_compress.core.surgery.attention import ModuleRule, module_rule
-from lightning_compress.core.surgery.operators import RULES, along, pointwise, tensors_in
+from lightning_compress.core.surgery.operators import RULES, along, pointwise, run_fast, tensors_in
 
 Ids = np.ndarray  # int64; as many dims as its tensor, of size 1 along every dim that it says nothing about
 PRODUCERS = (nn.modules.conv._ConvNd, nn.Linear)
@@ -108,7 +108,7 @@ class ChannelTrace(TorchDispatchMode):
     # ---- the mode
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = run_fast(func, args, kwargs or {})
         if self.opaque:
             return out
         rule = RULES.get(func.overloadpacket)

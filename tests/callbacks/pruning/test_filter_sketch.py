@@ -1,15 +1,20 @@
-"""FilterSketch: the sketch itself, what is sketched in which network, and every published size."""
+"""FilterSketch: the sketch itself, what is sketched in which network, every published size, and the callback."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from foreign import Foreign, digits, fit, made, make_trainer
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torchvision.models import resnet50
 
 from lightning_compress import parse_ratio, profile
+from lightning_compress.callbacks import FilterSketch
 from lightning_compress.callbacks.pruning.filter_sketch import (
-    PUBLISHED_LISTS,
     block_layers,
     block_ratios,
     chains,
@@ -19,7 +24,15 @@ from lightning_compress.callbacks.pruning.filter_sketch import (
     sketch_width,
 )
 from lightning_compress.core.surgery import ChannelPlan, apply_cuts, channel_graph
-from lightning_compress.networks import densenet40, googlenet_cifar, resnet20, resnet56, resnet110, vgg16_cifar
+from lightning_compress.networks import (
+    CIFARResNet,
+    densenet40,
+    googlenet_cifar,
+    resnet20,
+    resnet56,
+    resnet110,
+    vgg16_cifar,
+)
 
 SHAPE = {resnet50: (1, 3, 224, 224)}
 SMALL = torch.tensor(
@@ -287,10 +300,10 @@ def case(build, ratios, params, macs, with_bn):
         case(resnet56, "[0.4]*27", 506_446, 73_360_000, 74_206_080),
         case(resnet56, "[0.3]*27", 587_428, 86_409_856, 87_313_536),
         case(resnet56, "[0.1]*27", 756_880, 110_500_480, 111_502_080),
-        case(resnet56, PUBLISHED_LISTS["resnet56"]["32.47M"], 240_524, 31_777_408, 32_461_696),
-        case(resnet56, PUBLISHED_LISTS["resnet56"]["62.63M"], 483_998, 61_840_000, 62_630_656),
+        case(resnet56, "[0.1]*3+[0.9]*20+[0.4]*4", 240_524, 31_777_408, 32_461_696),
+        case(resnet56, "[0.3]*3+[0.6]*20+[0.1]*4", 483_998, 61_840_000, 62_630_656),
         case(resnet110, "[0.0]*54", 1_727_962, 252_887_680, 254_984_832),
-        case(resnet110, PUBLISHED_LISTS["resnet110"]["published list"], 671_692, 100_067_968, 101_558_400),
+        case(resnet110, "[0.1]*3+[0.6]*24+[0.7]*24+[0.1]*3", 671_692, 100_067_968, 101_558_400),
         case(googlenet_cifar, "[0.75]*9", 2_607_086, 581_220_352, 587_209_984),
         case(resnet50, "[0.8]*16", 7_177_694, 896_462_052, 913_389_592),
         case(resnet50, "[0.4]*16", 14_532_769, 2_187_045_563, 2_206_611_753),
@@ -307,8 +320,8 @@ def test_resnet50_rows_are_printed_with_four_operations_per_batch_norm_output(ra
     assert round(narrowed(resnet50(), ratios, (1, 3, 224, 224)).paper_macs(bn_ops=4) / 1e9, 2) == published
 
 
-def test_the_budget_published_for_resnet110():
-    left = narrowed(resnet110(), PUBLISHED_LISTS["resnet110"]["published budget"], (1, 3, 32, 32))
+def test_the_list_published_for_resnet110_is_not_that_of_its_budget():
+    left = narrowed(resnet110(), "[0.5]+[0.6]*18+[0.7]*31+[0.1]*4", (1, 3, 32, 32))
     assert (left.macs, left.params) == (92_842_624, 695_292)
     swapped = narrowed(resnet110(), "[0.1]*3+[0.7]*24+[0.6]*24+[0.1]*3", (1, 3, 32, 32))
     assert (round(swapped.macs / 1e6, 2), round(swapped.params / 1e6, 3)) == (97.86, 0.766)
@@ -321,3 +334,139 @@ def narrowed(network, ratios, shape):
     kept = {name: torch.arange(sketch_width(graph.width(name), ratio)) for name, ratio in by_layer.items()}
     apply_cuts(network, ChannelPlan(kept).cuts(graph))
     return profile(network, shape)
+
+
+# ---- the callback
+
+
+class Start(Callback):
+    """Remembers the module as the first step, or that of a later epoch, finds it."""
+
+    def __init__(self, epoch=0):
+        self.epoch = epoch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.current_epoch == self.epoch and batch_idx == 0:
+            self.state = copy.deepcopy(pl_module.state_dict())
+            self.momenta = {n: p in trainer.optimizers[0].state for n, p in pl_module.named_parameters()}
+
+
+def trained_norms(module):
+    with torch.no_grad():
+        for m in module.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                for tensor in (m.weight, m.bias, m.running_mean, m.running_var):
+                    tensor.uniform_(0.5, 1.5)
+    return module
+
+
+def test_the_fit_starts_from_the_sketch(tmp_path):
+    module = trained_norms(made())
+    dense, start = copy.deepcopy(module.state_dict()), Start()
+    fit(module, tmp_path, FilterSketch(0.5), start, max_epochs=1)
+    for block in ("net.blocks.0", "net.blocks.1"):
+        first, second = dense[f"{block}.conv1.weight"], dense[f"{block}.conv2.weight"]
+        assert torch.equal(start.state[f"{block}.conv1.weight"], sketch_conv(first, 6, 0))
+        assert torch.equal(start.state[f"{block}.conv2.weight"], sketch_conv(second, 6, 1))
+        fresh = [start.state[f"{block}.bn1.{key}"] for key in ("weight", "bias", "running_mean", "running_var")]
+        assert [t.tolist() for t in fresh] == [[1.0] * 6, [0.0] * 6, [0.0] * 6, [1.0] * 6]
+        for key in ("weight", "bias", "running_mean", "running_var"):  # the last norm of a block is kept as it is
+            assert torch.equal(start.state[f"{block}.bn2.{key}"], dense[f"{block}.bn2.{key}"])
+    assert torch.equal(start.state["net.stem.weight"], dense["net.stem.weight"])
+
+
+def test_options(tmp_path):
+    module = trained_norms(made())
+    dense, start = copy.deepcopy(module.state_dict()), Start()
+    sketch = FilterSketch(0.5, bn="copy_slice", weight_norm_method=None, channel_layout="permute")
+    fit(module, tmp_path, sketch, start, max_epochs=1)
+    name = "net.blocks.0"
+    assert torch.equal(start.state[f"{name}.bn1.running_var"], dense[f"{name}.bn1.running_var"][:6])
+    expected = sketch_conv(dense[f"{name}.conv2.weight"], 6, 1, "permute", None)
+    assert torch.equal(start.state[f"{name}.conv2.weight"], expected)
+
+
+def test_biases_of_sketched_layers_start_at_zero(tmp_path):
+    convs = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3))
+    network = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 10))
+    start = Start()
+    fit(made(network), tmp_path, FilterSketch({"net.0": 0.5}), start, max_epochs=1)
+    assert start.state["net.0.bias"].tolist() == [0.0] * 4
+    assert start.state["net.3.bias"].tolist() == [0.0] * 6
+    assert start.state["net.6.bias"].abs().min() > 0
+
+
+def test_recalibrated_norms_fit_the_new_weights(tmp_path):
+    images = digits(64, batch_size=64).dataset.tensors[0]
+
+    def off(**kwargs):
+        """How far the statistics of the last norm are from those of its inputs."""
+        module, seen = trained_norms(made()), []
+        fit(module, tmp_path, FilterSketch(0.5, **kwargs), max_epochs=0)
+        norm = module.net.blocks[1].bn2
+        norm.register_forward_hook(lambda m, args, out: seen.append(args[0].mean((0, 2, 3))))
+        with torch.no_grad():
+            module.eval()(images)
+        return (seen[0] - norm.running_mean).abs().max()
+
+    assert off() > 0.1
+    assert off(recalibrate_bn=1) < 1e-3
+
+
+def test_in_mid_fit_momentum_of_sketched_layers_is_forgotten(tmp_path):
+    start = Start(epoch=1)
+    fit(made(), tmp_path, FilterSketch(0.5, start_epoch=1), start, max_epochs=2)
+    assert start.state["net.blocks.0.conv1.weight"].shape[0] == 6
+    forgotten = {name for name, known in start.momenta.items() if not known}
+    assert forgotten == {
+        f"net.blocks.{i}.{n}" for i in (0, 1) for n in ("conv1.weight", "bn1.weight", "bn1.bias", "conv2.weight")
+    }
+
+
+def test_lists_count_blocks(tmp_path):
+    module = Foreign(nn.Sequential(nn.Conv2d(1, 3, 1), resnet20(num_classes=10)))
+    fit(module, tmp_path, FilterSketch("[0.5]*2+[0.75]*6", start_conv=2), max_epochs=0)
+    widths = [module.get_submodule(f"net.1.layer{s}.{i}.conv1").out_channels for s in (1, 2, 3) for i in range(3)]
+    assert widths == [16, 8, 8, 8, 8, 8, 16, 16, 16]
+    with pytest.raises(ValueError, match="pruning_ratio has 5 numbers, but there are 9 blocks"):
+        fit(Foreign(resnet20(in_channels=1)), tmp_path, FilterSketch([0.5] * 5), max_epochs=0)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"weight_norm_method": "l1"}, "weight_norm_method='l1'"),
+        ({"channel_layout": "other"}, "channel_layout='other'"),
+        ({"bn": "fresh"}, "bn='fresh'"),
+        ({"start_conv": 0}, "start_conv=0"),
+        ({"recalibrate_bn": -1}, "recalibrate_bn=-1"),
+    ],
+)
+def test_bad_callback_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        FilterSketch(**kwargs)
+
+
+def test_a_network_without_chains_is_refused(tmp_path):
+    with pytest.raises(MisconfigurationException, match="FilterSketch finds no layer of Foreign that a single other"):
+        fit(Foreign(densenet40(in_channels=1)), tmp_path, FilterSketch(0.5), max_epochs=0)
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+def test_fine_tuning_from_the_sketch_beats_random_weights_of_the_same_widths(tmp_path, seed):
+    train, test = digits(1200, batch_size=40), digits(500, 1200, batch_size=500)
+
+    def accuracy_after(epochs, lr, module, *callbacks):
+        module.lr = lr
+        runner = make_trainer(tmp_path, *callbacks, max_epochs=epochs)
+        runner.fit(module, train)
+        return runner.validate(module, test, verbose=False)[0]["val_acc"]
+
+    torch.manual_seed(seed)
+    module, random = (Foreign(CIFARResNet(8, in_channels=1)) for _ in range(2))
+    assert accuracy_after(6, 0.02, module) > 0.9
+    fit(random, tmp_path, FilterSketch(0.5), max_epochs=0)
+    for layer in random.modules():
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+    assert accuracy_after(4, 0.003, module, FilterSketch(0.5)) > accuracy_after(4, 0.003, random) + 0.01

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from lightning_compress.callbacks.pruning.hrank import FeatureRanks, feature_map_rank, select_channels
 from lightning_compress.callbacks.pruning.hrank.published import rank_arrays, rank_taps
 from lightning_compress.callbacks.pruning.hrank.ranks import kept_width
-from lightning_compress.networks import googlenet_cifar, load_weights, resnet20
+from lightning_compress.networks import googlenet_cifar, resnet20
 
 EPS = torch.finfo(torch.float32).eps
 SHAPES = [(2, 2), (3, 3), (4, 4), (5, 5), (7, 7), (8, 8), (8, 12), (14, 14), (16, 16), (32, 32), (33, 9)]
@@ -308,71 +305,3 @@ def test_damaged_files(tmp_path, content):
         FeatureRanks.load(tmp_path / "weights.pt")
     with pytest.raises(ValueError, match="does not exist"):
         FeatureRanks.load(tmp_path / "absent.pt")
-
-
-# ---- real data
-
-
-@pytest.mark.real_data
-@pytest.mark.skipif("LC_DATA" not in os.environ, reason="needs LC_DATA")
-def test_ranks_hardly_depend_on_the_images_and_tell_what_matters():
-    folder = Path(os.environ["LC_DATA"])
-    arrays = np.load(folder / "cifar10.npz")
-    mean, std = torch.tensor([[[0.485]], [[0.456]], [[0.406]]]), torch.tensor([[[0.229]], [[0.224]], [[0.225]]])
-
-    def images(name, start, stop):
-        return (torch.from_numpy(arrays[name][start:stop]).permute(0, 3, 1, 2) / 255 - mean) / std
-
-    network = resnet20().eval()
-    load_weights(network, folder / "weights" / "resnet20-cifar10.pt")
-    first, second = (rank_all(network, images("x_train", start, start + 768)) for start in (0, 768))
-    agreement = torch.tensor([spearman(first.mean(name), second.mean(name)) for name in first.sums])
-    assert agreement.mean() > 0.96
-    assert agreement.min() > 0.85
-
-    test, labels = images("x_test", 0, 1000), torch.from_numpy(arrays["y_test"][:1000])
-    dense, lowest, highest = (accuracy(mask_inside_blocks(network, first, order), test, labels) for order in (0, 1, -1))
-    assert dense > 0.9
-    assert dense > lowest > highest + 0.1
-
-
-def rank_all(network, images):
-    ranks, handles = FeatureRanks(), []
-    for name, tap in rank_taps(network).items():
-
-        def hook(module, args, out, name=name):
-            ranks.update(name, feature_map_rank(out))
-
-        handles.append(network.get_submodule(tap.module).register_forward_hook(hook))
-    with torch.no_grad():
-        for batch in images.split(128):
-            network(batch)
-    for handle in handles:
-        handle.remove()
-    return ranks
-
-
-def spearman(a, b):
-    """Correlation of the order, ties averaged."""
-    places = [(x[:, None] > x).sum(1) + ((x[:, None] == x).sum(1) - 1) / 2 for x in (a, b)]
-    return torch.corrcoef(torch.stack(places).double())[0, 1].item()
-
-
-def mask_inside_blocks(network, ranks, order):
-    """A copy without 40 % of the inner channels of every block: those of lowest (1) or highest (-1) rank."""
-    masked = resnet20().eval()
-    masked.load_state_dict(network.state_dict())
-    for name in ranks.sums:
-        if order and name.endswith(".conv1"):
-            bn: nn.BatchNorm2d = masked.get_submodule(name.replace("conv", "bn"))
-            mask = torch.zeros_like(bn.weight)
-            mask[select_channels(order * ranks.mean(name), 0.4)] = 1
-            with torch.no_grad():
-                bn.weight.mul_(mask)
-                bn.bias.mul_(mask)
-    return masked
-
-
-def accuracy(network, images, labels):
-    with torch.no_grad():
-        return (network(images).argmax(1) == labels).float().mean().item()

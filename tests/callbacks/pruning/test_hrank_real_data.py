@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from lightning.pytorch import LightningModule, Trainer
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from lightning_compress.callbacks import HRank, RandomChannels
@@ -58,7 +58,11 @@ def test_accuracy_before_fine_tuning_falls_with_the_rank_that_is_lost(tmp_path: 
 
 
 def test_ranks_hardly_depend_on_the_images() -> None:
-    """Two disjoint sets of images order the filters alike: Spearman above 0.9 in every layer."""
+    """Two sets of images order the filters alike: Spearman above 0.9.
+
+    But for layers where almost every map has full rank: there is nothing to order there. With these weights they are
+    the sums of blocks 6 to 8 of stage 1, whose mean ranks differ by 0.03.
+    """
     trainer, module, data = setup()
     data.prepare_data()
     data.setup("fit")
@@ -72,11 +76,9 @@ def test_ranks_hardly_depend_on_the_images() -> None:
         data.seed = seed
         data.setup("fit")
         halves.append(collect_ranks(trainer, module, every, 6, 128))
-    correlations = {n: spearman(halves[0].mean(n), halves[1].mean(n)) for n in every}
-    print(f"lowest Spearman {min(correlations.values()):.4f}")
+    full = {"1": 32, "2": 16, "3": 8}
+    ordered = [n for n in every if (halves[0].mean(n) < full.get(n.removeprefix("network.layer")[0], 32) - 0.05).float().mean() > 0.1]
+    assert len(ordered) >= 52
+    correlations = {n: spearmanr(halves[0].mean(n), halves[1].mean(n)).statistic for n in ordered}
+    print(f"lowest Spearman {min(correlations.values()):.4f} of {len(ordered)} layers out of {len(every)}")
     assert min(correlations.values()) > 0.9, min(correlations, key=lambda n: correlations[n])
-
-
-def spearman(a: Tensor, b: Tensor) -> float:
-    ranks = torch.stack([x.argsort().argsort().double() for x in (a, b)])
-    return float(torch.corrcoef(ranks)[0, 1])

@@ -32,7 +32,13 @@ from lightning_compress.core.calibration import on_device, training_inputs
 from lightning_compress.core.meta import evaluating
 from lightning_compress.core.ratio import parse_ratio, ratio_by_layer
 from lightning_compress.core.report import open_account
-from lightning_compress.core.surgery import ChannelGraph, ChannelPlan, attach_record, resume_path
+from lightning_compress.core.surgery import (
+    ChannelGraph,
+    ChannelPlan,
+    attach_record,
+    check_trainer,
+    resume_path,
+)
 
 
 class HRank(ChannelPruning):
@@ -72,6 +78,8 @@ class HRank(ChannelPruning):
 
     Packaged config: ``method/hrank``.
     """
+
+    IDENTITY = (*ChannelPruning.IDENTITY, "mode")
 
     def __init__(
         self,
@@ -165,21 +173,18 @@ class HRank(ChannelPruning):
 
     # ---- when
 
-    @property
-    def state_key(self) -> str:
-        return self._generate_state_key(pruning_ratio=self.pruning_ratio, mode=self.mode, include=self.include,
-                                        exclude=self.exclude, start_epoch=self.start_epoch)  # fmt: skip
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._stages is None or stage != "fit":
             super().setup(trainer, pl_module, stage)
             return
         attach_record(pl_module)
+        check_trainer(trainer, "HRank", in_fit=True)
         open_account(trainer, pl_module)
         graph = self.trace(trainer, pl_module)
         ratios = self.ratios(pl_module, graph)
         self._stages.prepare(pl_module, graph, stage_order(pl_module, ratios))
-        self._stages.check_length(trainer.max_epochs)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._stages.check_length(trainer.max_epochs)
         if resume_path(trainer) is None:
             scores = self.scores(trainer, pl_module, graph)
             kept = {n: select_channels(scores[n], ratios[n], self.rounding) for n in scores}
@@ -268,6 +273,8 @@ def collect_ranks(
             pl_module(images)
     if trainer.world_size > 1:
         for layer in layers:
+            width = pl_module.get_submodule(layer).out_channels
+            ranks.update(layer, torch.zeros(0, width))  # type: ignore[arg-type]  # a process may have got no image
             for part in (ranks.sums, ranks.counts):
                 here = part[layer].to(trainer.strategy.root_device)
                 part[layer] = trainer.strategy.reduce(here, reduce_op="sum").cpu()

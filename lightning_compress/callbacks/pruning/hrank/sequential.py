@@ -121,7 +121,7 @@ class Stages:
         if self.best is None or value > self.best:
             self.best = value
             self.best_weights = {
-                k: v.detach().cpu().clone() for k, v in pl_module.state_dict().items() if isinstance(v, Tensor)
+                k: v.detach().cpu().clone() if isinstance(v, Tensor) else v for k, v in pl_module.state_dict().items()
             }
 
     def take_best(self, pl_module: LightningModule) -> None:

@@ -1,0 +1,98 @@
+"""The methods that every check of this folder runs on: all cards that are ready.
+
+A new method is its `Card`. If its defaults are too long for a few digits, it adds one line here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import foreign
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+
+from lightning_compress.catalog import READY, Card, cards
+
+EPOCHS = 4
+START_EPOCH = 2
+
+# Slug, or slug and name of a further variant -> arguments that make it quick on 64 digits of 8x8.
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "hrank": {"num_batches": 1, "rank_batch_size": 32},
+    "hrank sequential": {"mode": "sequential", "num_batches": 1, "rank_batch_size": 32, "epochs_per_layer": 2,
+                         "stage_layers": [2], "monitor": "val_acc"},
+}  # fmt: skip
+
+
+@dataclass
+class Parts:
+    """What one fit takes: `data` and `evaluation` are arguments of `Trainer.fit` and of `validate`."""
+
+    module: LightningModule
+    callbacks: list[Callback]
+    data: dict[str, Any]
+    evaluation: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method in one of its variants."""
+
+    card: Card
+    variant: str
+    arguments: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.card.slug}-{self.variant}" if self.variant else self.card.slug
+
+    @property
+    def cls(self) -> type:
+        module, _, name = self.card.class_path.rpartition(".")
+        return getattr(importlib.import_module(module), name)
+
+    def parts(self, **changes: Any) -> Parts:
+        """A callback goes onto a module that is not ours; a method that is a module comes as in its own recipe."""
+        arguments = {**self.arguments, **changes}
+        if issubclass(self.cls, Callback):
+            data = {"train_dataloaders": foreign.digits(), "val_dataloaders": foreign.digits(32, 64)}
+            callbacks = [self.cls(**arguments)]
+            return Parts(foreign.made(), callbacks, data, {"dataloaders": foreign.digits(32, 64)})
+        from lightning_compress.cli.lightning_cli import CompressCLI
+
+        given = [f"--model.init_args.{name}={value}" for name, value in arguments.items()]
+        recipe = CompressCLI([f"--config=recipes/{self.card.slug}/quick", *given], run=False)
+        own = [c for c in recipe.trainer.callbacks if type(c).__module__.startswith("lightning_compress")]
+        data = {"datamodule": recipe.datamodule}
+        return Parts(recipe.model, own, data, data)
+
+    def fit(
+        self, root: Path, *others: Callback, parts: Parts | None = None, ckpt_path: Any = None, **kwargs: Any
+    ) -> Trainer:
+        """Train for `EPOCHS` epochs; `others` stand after the method."""
+        seed_everything(0, verbose=False)
+        parts = parts or self.parts()
+        kwargs = {"max_epochs": EPOCHS, "limit_train_batches": 4, "limit_val_batches": 2, **kwargs}
+        trainer = foreign.make_trainer(root, *parts.callbacks, *others, **kwargs)
+        with foreign.no_pictures:
+            trainer.fit(parts.module, **parts.data, ckpt_path=ckpt_path)
+        return trainer
+
+
+def variants(card: Card) -> Iterator[Case]:
+    """As it is, in mid-fit where it can start later, and what `ARGUMENTS` adds."""
+    plain = Case(card, "", ARGUMENTS.get(card.slug, {}))
+    yield plain
+    if "start_epoch" in inspect.signature(plain.cls).parameters:
+        yield Case(card, "mid_fit", {**plain.arguments, "start_epoch": START_EPOCH})
+    for key, arguments in ARGUMENTS.items():
+        slug, _, variant = key.partition(" ")
+        if slug == card.slug and variant:
+            yield Case(card, variant, arguments)
+
+
+METHODS = [next(variants(card)) for card in cards(READY)]
+CASES = [case for card in cards(READY) for case in variants(card)]

@@ -1,0 +1,268 @@
+"""What every method promises, whatever it does: the same checks on all of them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import typing
+from pathlib import Path
+from typing import Any
+
+import foreign
+import pytest
+import torch
+from conftest import Finished
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from method_table import CASES, EPOCHS, METHODS, START_EPOCH, Case, Parts
+from torch import Tensor, nn
+from two_processes import Results
+
+import lightning_compress
+from lightning_compress.callbacks import RestoreCompressed
+from lightning_compress.cli.lightning_cli import CompressCLI
+from lightning_compress.cli.main import main
+from lightning_compress.core.report import Account
+from lightning_compress.core.surgery import attach_record
+
+REMEDY = "load_this_with_lightning_compress_load"
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+each_method = pytest.mark.parametrize("case", METHODS, ids=str)
+
+
+def evaluate(parts: Parts, root: Path, *callbacks: Callback, ckpt_path: Any = None) -> dict[str, Tensor]:
+    trainer = foreign.make_trainer(root, *callbacks)
+    trainer.validate(parts.module, **parts.evaluation, ckpt_path=ckpt_path, verbose=False)
+    return trainer.callback_metrics
+
+
+# ---- training
+
+
+def test_fits_a_module_that_is_not_ours(finished: Finished) -> None:
+    """... and makes it smaller, if that is its business."""
+    assert finished.trainer.current_epoch == EPOCHS
+    assert all(p.isfinite().all() for p in finished.module.parameters())
+    if finished.case.card.family in ("pruning", "sparsity", "quantization"):
+        account = Account.load(finished.root / "compression.json")
+        before, after = account.before, account.after
+        assert (after.macs, after.nonzeros, after.bytes) < (before.macs, before.nonzeros, before.bytes)
+
+
+def test_every_trainable_parameter_is_in_the_optimiser(finished: Finished) -> None:
+    groups = [g for o in finished.trainer.optimizers for g in o.param_groups]
+    held = [id(p) for group in groups for p in group["params"]]
+    own = [id(p) for p in finished.module.parameters() if p.requires_grad]
+    assert sorted(held) == sorted(own)
+
+
+@each_case
+@pytest.mark.parametrize(
+    "arguments",
+    [{"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}, {"fast_dev_run": True, "max_epochs": None}],
+    ids=["bf16", "accumulation", "fast_dev_run"],
+)
+def test_trains_under(case: Case, arguments: dict[str, Any], tmp_path: Path) -> None:
+    parts = case.parts()
+    trainer = case.fit(tmp_path, parts=parts, **arguments)
+    assert all(p.isfinite().all() and p.dtype == torch.float32 for p in parts.module.parameters())
+    steps = 1 if "fast_dev_run" in arguments else EPOCHS * 4 // arguments.get("accumulate_grad_batches", 1)
+    assert trainer.global_step == steps
+
+
+@pytest.mark.parametrize("epoch", range(EPOCHS - 1))
+def test_resumed_equals_uninterrupted(finished: Finished, epoch: int, tmp_path: Path) -> None:
+    """Stopped before, at and after the epoch in which something changes: equal bit for bit."""
+    parts = finished.case.parts()
+    finished.case.fit(tmp_path, parts=parts, ckpt_path=finished.checkpoint(epoch))
+    foreign.assert_same(parts.module, finished.module)
+
+
+def test_two_processes_end_with_the_same_weights(finished: Finished, pool: Results) -> None:
+    first, second = pool[finished.case]
+    assert {n: p.shape for n, p in first.items()} == {n: p.shape for n, p in finished.module.named_parameters()}
+    for name, parameter in first.items():
+        assert torch.equal(parameter, second[name]), name
+
+
+@each_case
+@pytest.mark.parametrize("first", ["method", "average"])
+def test_an_average_of_the_weights_is_right_or_refused(case: Case, first: str, tmp_path: Path) -> None:
+    """An average that always takes the newest weights ends with them, whatever happened on the way."""
+
+    class Newest(WeightAveraging):
+        def __init__(self) -> None:
+            super().__init__(avg_fn=lambda average, newest, count: newest)
+
+    parts, plain = case.parts(), case.parts()
+    parts.callbacks = [*parts.callbacks, Newest()] if first == "method" else [Newest(), *parts.callbacks]
+    try:
+        trainer = case.fit(tmp_path, ModelCheckpoint(tmp_path), parts=parts)
+    except MisconfigurationException as error:
+        assert "Newest" in str(error)
+        assert case.cls.__name__ in str(error)
+        assert not parts.module.trainer.global_step
+        return
+    case.fit(tmp_path, parts=plain)
+    foreign.assert_same(parts.module, plain.module)
+    path = trainer.checkpoint_callback.best_model_path
+    foreign.assert_same(lightning_compress.load(type(plain.module), path), plain.module)
+
+
+# ---- afterwards
+
+
+def hooks(module: nn.Module) -> int:
+    kinds = [k for k in vars(module) if k.endswith("_hooks") and ("forward" in k or "backward" in k)]
+    return sum(len(getattr(m, kind)) for m in module.modules() for kind in kinds)
+
+
+def test_nothing_is_left_behind(finished: Finished) -> None:
+    module = finished.module
+    assert hooks(module) == hooks(finished.case.parts().module)
+    assert not any(p._backward_hooks for p in module.parameters())
+    for optimizer in finished.trainer.optimizers:
+        assert not optimizer._optimizer_step_pre_hooks
+        assert not optimizer._optimizer_step_post_hooks
+    assert "training_step" not in vars(module)
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        foreign.assert_same(copied, module)
+        again = finished.case.parts().module
+        attach_record(again)
+        again.load_state_dict(copied.state_dict())
+        foreign.assert_same(again, module)
+
+
+@each_case
+def test_a_trainer_fits_twice(case: Case, tmp_path: Path) -> None:
+    parts = case.parts()
+    trainer = case.fit(tmp_path, parts=parts)
+    narrow = foreign.widths(parts.module)
+    trainer.fit_loop.max_epochs = EPOCHS + 1
+    trainer.fit(parts.module, **parts.data)
+    assert trainer.current_epoch == EPOCHS + 1
+    assert foreign.widths(parts.module) == narrow
+
+
+def test_validation_and_prediction_change_nothing(finished: Finished, tmp_path: Path) -> None:
+    for module, callbacks in (
+        (finished.module, finished.callbacks),
+        (finished.case.parts().module, finished.case.parts().callbacks),
+    ):
+        parts = finished.case.parts()
+        before = copy.deepcopy(module)
+        trainer = foreign.make_trainer(tmp_path, *callbacks)
+        trainer.validate(module, **parts.evaluation, verbose=False)
+        trainer.predict(module, **parts.evaluation)
+        foreign.assert_same(module, before)
+
+
+def test_an_export_equals_the_module(finished: Finished, tmp_path: Path) -> None:
+    x = torch.rand(3, *next(iter(foreign.digits()))[0].shape[1:])
+    exported = lightning_compress.export(finished.module, tmp_path / "small", x, format="torch")
+    assert exported.max_abs_difference < 1e-5
+    with torch.no_grad():
+        expected = finished.module.eval()(x)
+    torch.testing.assert_close(torch.export.load(exported.path).module()(x), expected, atol=1e-5, rtol=0)
+    finished.module.train()
+
+
+@pytest.mark.parametrize("weights_only", [False, True], ids=["whole", "weights"])
+def test_a_checkpoint_reloads(finished: Finished, weights_only: bool, tmp_path: Path) -> None:
+    """By RestoreCompressed, by the method itself, and by `load`; by plain torch, or its error names the remedy."""
+    path = tmp_path / "saved.ckpt"
+    finished.trainer.save_checkpoint(path, weights_only)
+    foreign.assert_same(lightning_compress.load(type(finished.module), path), finished.module)
+    parts = finished.case.parts()
+    parts.module = finished.module
+    expected = evaluate(parts, tmp_path)
+    for callback in (RestoreCompressed(), *finished.case.parts().callbacks):
+        assert evaluate(finished.case.parts(), tmp_path, callback, ckpt_path=path) == expected
+    fresh, state = finished.case.parts().module, torch.load(path, weights_only=True)["state_dict"]
+    if state.keys() == fresh.state_dict().keys():
+        fresh.load_state_dict(state)
+    else:
+        with pytest.raises(RuntimeError, match=REMEDY):
+            fresh.load_state_dict(state)
+
+
+# ---- arguments
+
+IMPOSSIBLE: dict[str, list[Any]] = {
+    "pruning_ratio": [1.5, -0.1, "[0.5]*", {"net.stem": 2.0}, {"no.such.layer": 0.5}],
+    "target_macs": [0.0, 1.0, -1],
+    "include": [["no.such.layer*"]],
+    "exclude": [["no.such.layer*"]],
+    "start_epoch": [-1, EPOCHS],
+    "num_batches": [0],
+}
+TOO_SMALL = {"round_to": 0, "rank_batch_size": 0, "epochs_per_layer": 0, "start_conv": 0, "recalibrate_bn": -1}
+
+
+def impossible() -> list[Any]:
+    found = []
+    for case in METHODS:
+        types = typing.get_type_hints(case.cls.__init__)
+        for argument, kind in types.items():
+            values = list(IMPOSSIBLE.get(argument, []))
+            values += [TOO_SMALL[argument]] if argument in TOO_SMALL else []
+            choices = [kind, *typing.get_args(kind)]
+            values += ["nonsense"] if any(typing.get_origin(c) is typing.Literal for c in choices) else []
+            found += [pytest.param(case, argument, v, id=f"{case}-{argument}-{v}") for v in values]
+    return found
+
+
+@pytest.mark.parametrize(("case", "argument", "value"), impossible())
+def test_an_impossible_argument_is_named_before_the_first_step(
+    case: Case, argument: str, value: Any, tmp_path: Path
+) -> None:
+    parts = None
+    with pytest.raises((ValueError, MisconfigurationException)) as caught:
+        parts = case.parts(**{argument: value})
+        case.fit(tmp_path, parts=parts)
+    assert argument in str(caught.value)
+    shown = value if not isinstance(value, (dict, list)) else list(value)[0]
+    assert str(shown) in str(caught.value) or str(next(iter(value.values()))) in str(caught.value)
+    assert parts is None or not parts.module.trainer.global_step
+
+
+@each_method
+def test_two_instances_coexist(case: Case, tmp_path: Path) -> None:
+    """... each with its own part of the network, and resume together."""
+    parts = case.parts(include=["net.blocks.0.*"])
+    parts.callbacks += case.parts(include=["net.blocks.1.*"]).callbacks
+    one, two = parts.callbacks
+    assert one.state_key != two.state_key
+    case.fit(tmp_path, ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1), parts=parts)
+    both = foreign.widths(parts.module)
+    again = case.parts(include=["net.blocks.0.*"])
+    again.callbacks += case.parts(include=["net.blocks.1.*"]).callbacks
+    case.fit(tmp_path, parts=again, ckpt_path=tmp_path / "epoch=1.ckpt")
+    foreign.assert_same(again.module, parts.module)
+    assert both["net.blocks.0.conv1"] == both["net.blocks.1.conv1"] < 12
+
+
+# ---- command line
+
+
+@each_method
+def test_its_quick_recipe_runs(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    name = f"recipes/{case.card.slug}/quick"
+    few = ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--trainer.logger=false"]
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+    main(["fit", "--config", name, *few, *quiet, f"--trainer.default_root_dir={tmp_path}"])
+    assert (tmp_path / "compression.json").exists()
+    assert "before and after" in capsys.readouterr().out
+
+
+@each_method
+def test_its_config_survives_a_round_trip(case: Case, tmp_path: Path) -> None:
+    name = f"recipes/{case.card.slug}/quick"
+    first = CompressCLI(["--config", name], run=False)
+    (tmp_path / "saved.yaml").write_text(first.parser.dump(first.config))
+    second = CompressCLI(["--config", str(tmp_path / "saved.yaml")], run=False)
+    assert first.parser.dump(first.config) == second.parser.dump(second.config)
+    mine = [[c for c in cli.trainer.callbacks if isinstance(c, case.cls)] for cli in (first, second)]
+    assert len(mine[0]) == 1
+    assert mine[0][0].state_key == mine[1][0].state_key
