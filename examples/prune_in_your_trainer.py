@@ -1,6 +1,6 @@
 """Add pruning to a LightningModule and Trainer that you already have: one more callback, and a file at the end.
 
-    python examples/prune_in_your_trainer.py
+python examples/prune_in_your_trainer.py
 """
 
 from __future__ import annotations

@@ -75,9 +75,7 @@ class Card:
     @property
     def configs(self) -> tuple[str, ...]:
         """Names of the packaged configs of this method: its fragment, then its recipes."""
-        return tuple(
-            n for n in config_names() if n == f"method/{self.slug}" or n.startswith(f"recipes/{self.slug}/")
-        )
+        return tuple(n for n in config_names() if n == f"method/{self.slug}" or n.startswith(f"recipes/{self.slug}/"))
 
 
 def config_names() -> list[str]:
@@ -116,9 +114,7 @@ def markdown_table() -> str:
     return "\n".join(lines)
 
 
-def _rows(
-    method: str, network: str, data: str, *rows: tuple[str, float | None, float, float, str]
-) -> tuple[Row, ...]:
+def _rows(method: str, network: str, data: str, *rows: tuple[str, float | None, float, float, str]) -> tuple[Row, ...]:
     """Rows of one network from (setting, top-1 in %, 1e6 MACs, 1e6 parameters, end of the config name)."""
     start = f"recipes/{method}/{network}_{data}_".lower().replace("-", "")
     return tuple(

@@ -130,9 +130,7 @@ def widths(module: nn.Module) -> dict[str, int]:
 
 def assert_same(one: nn.Module, other: nn.Module) -> None:
     """Equal parameters and buffers, bit for bit."""
-    left, right = (
-        {k: v for k, v in m.state_dict().items() if isinstance(v, Tensor)} for m in (one, other)
-    )
+    left, right = ({k: v for k, v in m.state_dict().items() if isinstance(v, Tensor)} for m in (one, other))
     assert left.keys() == right.keys()
     for name, tensor in left.items():
         assert torch.equal(tensor, right[name]), name

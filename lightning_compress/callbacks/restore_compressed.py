@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_compress.core.surgery import attach_record, read_steps, resume_path
+from lightning_compress.core.surgery import attach_record, read_steps, replay_in_setup, resume_path
 
 
 class RestoreCompressed(Callback):
@@ -21,9 +21,7 @@ class RestoreCompressed(Callback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        record = attach_record(pl_module)
+        attach_record(pl_module)
         path = resume_path(trainer)
-        if (
-            path is not None and path.is_file()
-        ):  # now, so that callbacks after this one see the final structure
-            record.replay(pl_module, read_steps(path))
+        if path is not None and path.is_file():
+            replay_in_setup(trainer, pl_module, read_steps(path), by=type(self).__name__)

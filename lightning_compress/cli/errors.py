@@ -31,9 +31,7 @@ def explain(message: str) -> str:
         return f"{key}: expected {' or '.join(expected)}, got {value!r}.{did_you_mean(value, names)}"
     if cls := re.search(r"Expected a dot import path string: ([\w.]+)", inner):
         return _no_class(cls[1], key)
-    if cls := re.search(
-        r"given class_path '([\w.]+)':\s+(?:No module named|module .* has no attribute)", inner
-    ):
+    if cls := re.search(r"given class_path '([\w.]+)':\s+(?:No module named|module .* has no attribute)", inner):
         return _no_class(cls[1], key)
     if re.search(r"arguments are required: (\w+\.)?model", message):
         return "there is no model: name a config, as in `lc fit --config quickstart`."
@@ -62,7 +60,7 @@ def _arguments(cls: type) -> list[str]:
     found: list[str] = []
     for base in cls.__mro__:
         if "__init__" in vars(base):
-            parameters = signature(base.__init__).parameters.values()
+            parameters = signature(vars(base)["__init__"]).parameters.values()
             found += [p.name for p in parameters if p.kind is not Parameter.VAR_KEYWORD]
             if not any(p.kind is Parameter.VAR_KEYWORD for p in parameters):
                 break

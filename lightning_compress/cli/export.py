@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from lightning_compress.cli.network import example_of, find_module, network_parser
+from lightning_compress.cli.network import example_of, network_parser, restored_module
 from lightning_compress.export import export
 
 
@@ -18,7 +18,7 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("--format", type=Literal["auto", "onnx", "torch"], default="auto")
     parser.add_argument("--atol", type=float, default=1e-4, help="largest difference to the eager module")
     given = parser.parse_args(list(args))
-    module = find_module(parser, given, given.checkpoint)
+    module = restored_module(parser, given, given.checkpoint)
     example = example_of(parser, module, given.input)
     path = given.output or Path(given.checkpoint).with_suffix("")
     print(export(module, path, example, format=given.format, atol=given.atol))

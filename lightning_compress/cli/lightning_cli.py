@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from functools import update_wrapper
+import warnings
+from functools import partial
 from inspect import signature
 from pydoc import locate
-from types import MethodType
 from typing import Any, NoReturn
 
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch import cli as lightning
 
@@ -23,8 +22,10 @@ from lightning_compress.cli.main import fail
 FROM_DATA = ("num_classes", "input_shape")
 
 
-def main(args: Sequence[str]) -> None:
+def main(args: list[str]) -> None:
     """Run a Trainer command: `args` is the command line without the program's name, command first."""
+    # Lightning 2.6 with torch 2.15 warns about Lightning itself.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     CompressCLI(args=args)
 
 
@@ -57,7 +58,7 @@ class CompressCLI(lightning.LightningCLI):
         run: False only builds `.model`, `.datamodule` and `.trainer` (then no command comes first).
     """
 
-    def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
+    def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
         super().__init__(
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -90,19 +91,7 @@ class CompressCLI(lightning.LightningCLI):
         """
 
     def before_instantiate_classes(self) -> None:
-        """Take the model's classes and input shape from the data, where the config leaves their defaults."""
-        config = self.config[self.subcommand] if self.subcommand else self.config
-        model, data = config.get("model"), config.get("data")
-        if not (model and data):
-            return
-        parser = ArgumentParser()
-        parser.add_subclass_arguments(LightningDataModule, "data")
-        datamodule = parser.instantiate_classes(parser.parse_object({"data": data})).data
-        defaults = signature(locate(model.class_path)).parameters  # type: ignore[arg-type]
-        for name in FROM_DATA:
-            given = model.get("init_args", {}).get(name)
-            if name in defaults and given == defaults[name].default and hasattr(datamodule, name):
-                model.init_args[name] = getattr(datamodule, name)
+        follow_data(self.config[self.subcommand] if self.subcommand else self.config)
 
     def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
         """Build `--optimizer` when the Trainer asks for it, not here.
@@ -113,19 +102,28 @@ class CompressCLI(lightning.LightningCLI):
         optimizer = self._get(self.config_init, "optimizer")
         if not optimizer:
             return
-        build = _BuildOptimizers(optimizer, self._get(self.config_init, "lr_scheduler"))
-        update_wrapper(build, self.configure_optimizers)  # is_overridden looks for it
-        self.model.configure_optimizers = MethodType(build, self.model)
+        scheduler = self._get(self.config_init, "lr_scheduler")
+        # Not a bound method: pickle would look that up on the class, and find the module's own.
+        self.model.configure_optimizers = partial(_configure_optimizers, self.model, optimizer, scheduler)
 
 
-class _BuildOptimizers:
-    """`configure_optimizers` from parsed settings; a class, so that spawned processes can unpickle it."""
+def follow_data(config: Namespace) -> None:
+    """Take the model's classes and input shape from the data, where the config leaves their defaults."""
+    model, data = config.get("model"), config.get("data")
+    if not (model and data):
+        return
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(LightningDataModule, "data")
+    datamodule = parser.instantiate_classes(parser.parse_object({"data": data})).data
+    defaults = signature(locate(model.class_path)).parameters  # type: ignore[arg-type]
+    for name in FROM_DATA:
+        given = model.get("init_args", {}).get(name)
+        if name in defaults and given == defaults[name].default and hasattr(datamodule, name):
+            model.init_args[name] = getattr(datamodule, name)
 
-    def __init__(self, optimizer: Any, lr_scheduler: Any) -> None:
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
 
-    def __call__(self, model: LightningModule) -> Any:
-        optimizer = lightning.instantiate_class(model.parameters(), self.optimizer)
-        scheduler = self.lr_scheduler and lightning.instantiate_class(optimizer, self.lr_scheduler)
-        return CompressCLI.configure_optimizers(model, optimizer, scheduler or None)
+def _configure_optimizers(model: LightningModule, optimizer: Any, lr_scheduler: Any) -> Any:
+    """What `LightningModule.configure_optimizers` returns, from parsed settings."""
+    built = lightning.instantiate_class(model.parameters(), optimizer)
+    scheduler = lightning.instantiate_class(built, lr_scheduler) if lr_scheduler else None
+    return CompressCLI.configure_optimizers(model, built, scheduler)

@@ -19,6 +19,7 @@ COMMANDS = {
     "profile": "count MACs and parameters of a network, layer by layer",
     "export": "write a trained model as ONNX or torch.export program, and check it",
     "report": "make one HTML page of finished runs",
+    "schema": "print a JSON schema of the configs, for editors",
 }
 
 # By name, since importing Lightning to get at its class would take seconds.
@@ -52,9 +53,12 @@ def main(args: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # `lc methods | head`: whoever read this has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        if not _is_complete(error):
+        reason: BaseException = error
+        while reason.__cause__ is not None:  # jsonargparse wraps what a class raises
+            reason = reason.__cause__
+        if not _is_complete(reason):
             raise
-        sys.exit(fail(str(error)))
+        sys.exit(fail(str(reason)))
 
 
 def _dispatch(args: list[str]) -> None:
@@ -86,6 +90,10 @@ def _dispatch(args: list[str]) -> None:
             from lightning_compress.cli import report
 
             report.main(rest)
+        case "schema":
+            from lightning_compress.cli import schema
+
+            schema.main(rest)
         case "fit" | "validate" | "test" | "predict":
             from lightning_compress.cli import lightning_cli
 
@@ -94,7 +102,7 @@ def _dispatch(args: list[str]) -> None:
             sys.exit(fail(f"unknown command {command!r}.{did_you_mean(command, COMMANDS)} See lc --help."))
 
 
-def _is_complete(error: Exception) -> bool:
+def _is_complete(error: BaseException) -> bool:
     """Whether the message says it all: this package itself raised the error, about something it was given."""
     traceback = error.__traceback__
     while traceback and traceback.tb_next:

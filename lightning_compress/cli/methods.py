@@ -56,11 +56,7 @@ def _show(c: Card) -> None:
         print("\nconfigs", *(f"  {name}" for name in c.configs), sep="\n")
     if c.published:
         print("\npublished")
-        print(
-            columns(
-                [("network", "data", "top-1", "MACs", "params", "setting"), *map(_published, c.published)]
-            )
-        )
+        print(columns([("network", "data", "top-1", "MACs", "params", "setting"), *map(_published, c.published)]))
 
 
 def _published(row: Row) -> tuple[str, ...]:

@@ -7,17 +7,16 @@ from typing import Any
 import torch
 import yaml
 from jsonargparse import ActionConfigFile, Namespace
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from torch import nn
 
-from lightning_compress import modules  # noqa: F401  (short class names, and classes that checkpoints name)
 from lightning_compress.cli.configs import find_config
-from lightning_compress.cli.lightning_cli import CompressParser
+from lightning_compress.cli.lightning_cli import CompressParser, follow_data
 from lightning_compress.core.surgery import attach_record, load, read_checkpoint
 
 
 class ModelOfConfig(ActionConfigFile):
-    """`--config`: of a config of a run, only the model is taken."""
+    """`--config`: of the config of a run, only the model is taken, and the data that it follows."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         try:
@@ -26,39 +25,43 @@ class ModelOfConfig(ActionConfigFile):
             parser.error(str(error), error)
         if "model" not in content:
             parser.error(f"config {values!r} has no model; it has {', '.join(content) or 'nothing'}")
-        super().__call__(parser, namespace, yaml.safe_dump({"model": content["model"]}), option_string)
+        parts = {key: content[key] for key in ("model", "data") if key in content}
+        super().__call__(parser, namespace, yaml.safe_dump(parts), option_string)
 
 
 def network_parser(command: str, description: str) -> CompressParser:
     """A parser with the options that say which network is meant."""
     parser = CompressParser(prog=f"lc {command}", description=description)
-    parser.add_argument(
-        "-c", "--config", action=ModelOfConfig, help="take the model of this config (file or name)"
-    )
+    parser.add_argument("-c", "--config", action=ModelOfConfig, help="take the model of this config (file or name)")
     parser.add_subclass_arguments(LightningModule, "model", required=False)
+    parser.add_subclass_arguments(LightningDataModule, "data", required=False)
     parser.add_argument("--input", type=str, help="shape of one input, as in 3,224,224")
     return parser
 
 
-def find_module(parser: CompressParser, given: Namespace, checkpoint: str | None) -> LightningModule | None:
-    """The LightningModule that the options describe, with the checkpoint's weights; None without options.
+def described_module(parser: CompressParser, given: Namespace) -> LightningModule | None:
+    """The LightningModule of `--config` or `--model`, if there is one of these."""
+    follow_data(given)
+    return parser.instantiate_classes(given).get("model")
+
+
+def restored_module(parser: CompressParser, given: Namespace, checkpoint: str) -> LightningModule:
+    """The LightningModule of a checkpoint, as narrow as it was saved.
 
     A checkpoint that `lc fit` wrote knows its class and arguments; another one needs `--config` or `--model`.
-    Where the checkpoint's network was narrowed, so is the one returned.
     """
-    model = parser.instantiate_classes(given).get("model")
-    if checkpoint is None:
-        return model
-    if model is None:
-        hyper_parameters = read_checkpoint(checkpoint).get("hyper_parameters", {})
-        if "_class_path" not in hyper_parameters:
-            parser.error(f"{checkpoint} does not say which class it is of; name it with --config or --model")
-        # The initial weights are overwritten anyway, and their file may be gone.
-        overrides = {"weights": None} if "weights" in hyper_parameters else {}
-        return load(LightningModule, checkpoint, **overrides)
-    attach_record(model)
-    model.load_state_dict(read_checkpoint(checkpoint)["state_dict"])
-    return model
+    content = read_checkpoint(checkpoint)
+    module = described_module(parser, given)
+    if module is not None:
+        attach_record(module)
+        module.load_state_dict(content["state_dict"])
+        return module
+    hyper_parameters = content.get("hyper_parameters", {})
+    if "_class_path" not in hyper_parameters:
+        parser.error(f"{checkpoint} does not say which class it is of; name it with --config or --model")
+    # The initial weights are overwritten anyway, and their file may be gone.
+    overrides = {"weights": None} if "weights" in hyper_parameters else {}
+    return load(LightningModule, checkpoint, **overrides)
 
 
 def build_network(name: str, init: list[str]) -> nn.Module:
@@ -70,7 +73,7 @@ def build_network(name: str, init: list[str]) -> nn.Module:
     """
     arguments = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in init)}
     if "." in name and "/" not in name:
-        parser = CompressParser(exit_on_error=True, prog="lc profile")
+        parser = CompressParser(prog="lc profile")
         parser.add_subclass_arguments(nn.Module, "network")
         namespace = parser.parse_object({"network": {"class_path": name, "init_args": arguments}})
         return parser.instantiate_classes(namespace).network
@@ -89,9 +92,7 @@ def input_shape(parser: CompressParser, text: str | None) -> tuple[int, ...] | N
         parser.error(f"--input: expected sizes such as 3,224,224, got {text!r}")
 
 
-def example_of(
-    parser: CompressParser, module: LightningModule | nn.Module, text: str | None
-) -> tuple[int, ...] | torch.Tensor:
+def example_of(parser: CompressParser, module: nn.Module, text: str | None) -> tuple[int, ...] | torch.Tensor:
     """The input to try `module` with: `--input`, else its own `example_input_array`."""
     example = input_shape(parser, text)
     if example is None:

@@ -174,8 +174,7 @@ def _section(run: Run) -> str:
         data = base64.b64encode(image.read_bytes()).decode()
         name = escape(image.stem)
         parts.append(
-            f'<figure><img alt="{name}" src="data:image/png;base64,{data}">'
-            f"<figcaption>{name}</figcaption></figure>"
+            f'<figure><img alt="{name}" src="data:image/png;base64,{data}"><figcaption>{name}</figcaption></figure>'
         )
     config = run.folder / "config.yaml"
     if config.is_file():
@@ -213,8 +212,7 @@ def _total(totals: dict[str, Any], name: str) -> float | None:
 def _said(account: dict[str, Any]) -> str:
     lines = [escape(note) for note in account["notes"]]
     lines += [
-        f"left alone: <b>{escape(entry['name'])}</b>: {escape(entry['reason'])}"
-        for entry in account["left_alone"]
+        f"left alone: <b>{escape(entry['name'])}</b>: {escape(entry['reason'])}" for entry in account["left_alone"]
     ]
     return f"<ul>{''.join(f'<li>{line}</li>' for line in lines)}</ul>" if lines else ""
 
@@ -266,11 +264,7 @@ def _charts(runs: Sequence[Run]) -> str:
     charts = []
     costed = [run for run in runs if run.account and quality in run.history]
     if len(costed) > 1 and quality:
-        dots = [
-            (run, [(run.account["after"]["macs"], run.history[quality][-1][1])])
-            for run in costed
-            if run.account
-        ]
+        dots = [(run, [(run.account["after"]["macs"], run.history[quality][-1][1])]) for run in costed if run.account]
         charts.append(_chart(f"{quality} against MACs", dots, dots=True))
     names = {name: None for run in runs for name, points in run.history.items() if len(points) > 1}
     charts += [

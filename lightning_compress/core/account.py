@@ -102,9 +102,7 @@ class Account:
     def table(self, max_layers: int = 40) -> RenderableType:
         """For ``rich.print``: totals, layers (norms left out, ``max_layers`` at most), notes."""
         lines = [Text(f"• {note}") for note in self.notes]
-        lines += [
-            Text.assemble("• left alone: ", (name, "bold"), f": {why}") for name, why in self.left_alone
-        ]
+        lines += [Text.assemble("• left alone: ", (name, "bold"), f": {why}") for name, why in self.left_alone]
         return Group(self._totals_table(), self._layers_table(max_layers), Padding(Group(*lines), (0, 1)))
 
     __rich__ = table
@@ -201,9 +199,7 @@ class Account:
             style = "green" if after < before else "red" if after > before else "dim"
             change = f"{100 * (after / before - 1):+.1f} %" if before else "n/a"
             ratio = f"{before / after:.2f}×" if after else "∞"
-            table.add_row(
-                label, human(before, unit), human(after, unit), Text(change, style), Text(ratio, style)
-            )
+            table.add_row(label, human(before, unit), human(after, unit), Text(change, style), Text(ratio, style))
         if latency := self.after.latency:
             threads = f", {latency.threads} thread{'s' * (latency.threads > 1)}" if latency.threads else ""
             table.caption = f"latency: a batch of {latency.batch} on {latency.device_name}{threads}, median"
@@ -211,9 +207,7 @@ class Account:
 
     def _layers_table(self, max_layers: int) -> Table:
         layers = [layer for layer in self.layers() if layer[0].kind not in ("batchnorm", "norm")]
-        sparse = any(
-            row.nonzeros < 0.99 * row.params for row, _, _ in layers
-        )  # a bias of zeros is not sparsity
+        sparse = any(row.nonzeros < 0.99 * row.params for row, _, _ in layers)  # a bias of zeros is not sparsity
         quantised = any(before and after and before.bits != after.bits for _, before, after in layers)
         columns = ["width", "macs", "params", *["zeros"] * sparse, *["bits"] * quantised]
         headings = {"width": "channels", "macs": "MACs", "zeros": "zeros %"}
@@ -229,9 +223,7 @@ class Account:
             del layers[start : start + hidden]
             table.caption = f"{hidden} layers in the middle are left out; {FILE} has all"
         for row, before, after in layers:
-            cells = [
-                _zeros(row) if column == "zeros" else _change(before, after, column) for column in columns
-            ]
+            cells = [_zeros(row) if column == "zeros" else _change(before, after, column) for column in columns]
             table.add_row(row.name.removeprefix(prefix) or "(itself)", *cells, _bar(before, after))
         return table
 

@@ -17,9 +17,7 @@ from lightning_compress.core.example_input import first_loader, training_loaders
 from lightning_compress.core.meta import evaluating
 
 
-def training_inputs(
-    trainer: Trainer, pl_module: LightningModule, samples: int, batch_size: int
-) -> Iterator[Tensor]:
+def training_inputs(trainer: Trainer, pl_module: LightningModule, samples: int, batch_size: int) -> Iterator[Tensor]:
     """Inputs of the network from the training loader, with its augmentation and shuffling, on the module's device.
 
     Usable in a callback's `setup`, before Lightning's own loaders exist. With several processes each takes every
@@ -76,11 +74,7 @@ def recalibrate_batch_norm(
     Args:
         num_batches: batches of `batch_size` training images, in all processes together.
     """
-    norms = [
-        m
-        for m in pl_module.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
-    ]
+    norms = [m for m in pl_module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     momentum = [m.momentum for m in norms]
     with on_device(trainer, pl_module), evaluating(pl_module):
         try:

@@ -98,7 +98,5 @@ def _not_copied(module: nn.Module) -> dict[int, Any]:
         for shared in (trainer, *getattr(trainer, "callbacks", ())):
             memo[id(shared)] = shared
         # torch copies no tensor that has a history, and `prune` leaves one as the attribute `weight`
-        memo.update(
-            (id(v), v.detach().clone()) for v in state.values() if isinstance(v, Tensor) and not v.is_leaf
-        )
+        memo.update((id(v), v.detach().clone()) for v in state.values() if isinstance(v, Tensor) and not v.is_leaf)
     return memo

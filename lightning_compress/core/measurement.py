@@ -131,9 +131,7 @@ def count(clone: nn.Module, example_input: Any, *, bits: Mapping[str, int] | Non
         own = tensors[layer.name]
         weights = [t for t in own if t.ndim > 1] or own
         width = chosen.get(layer.name) or (8 * weights[0].element_size() if weights else 0)
-        stored = sum(
-            t.numel() * (width if any(t is w for w in weights) else 8 * t.element_size()) for t in own
-        )
+        stored = sum(t.numel() * (width if any(t is w for w in weights) else 8 * t.element_size()) for t in own)
         dense = layer.kind in ("conv", "linear") and weights
         kept = _nonzeros(weights) / sum(t.numel() for t in weights) if dense else 1.0
         rows.append(
@@ -164,9 +162,7 @@ def time_in_turns(
         seconds: about how long a turn lasts; at least one pass, at most twenty.
     """
     inputs = [args or kwargs for args, kwargs in (inputs_for(module, example_input) for module in modules)]
-    first = [
-        measure_latency(m, x, repeats=1, warmup=2).median_ms for m, x in zip(modules, inputs, strict=True)
-    ]
+    first = [measure_latency(m, x, repeats=1, warmup=2).median_ms for m, x in zip(modules, inputs, strict=True)]
     repeats = [max(1, min(20, round(1e3 * seconds / ms))) for ms in first]
     rounds = max(1, min(rounds, round(1e4 / max(first))))  # a network of seconds is not worth a minute
     turns = [

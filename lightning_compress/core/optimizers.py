@@ -12,9 +12,7 @@ def check_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
     Raises:
         MisconfigurationException: names the parameters that are missing.
     """
-    known = {
-        id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]
-    }
+    known = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
     own = {id(p) for p in pl_module.parameters()}
     strays = not known <= own
     missing = [n for n, p in pl_module.named_parameters() if p.requires_grad and id(p) not in known]

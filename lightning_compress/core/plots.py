@@ -70,9 +70,7 @@ def summary(totals: Sequence[tuple[str, str, float, float]]) -> Figure:
     axes.barh(positions, shares, height=0.62, color=KEPT)
     for y, (share, (_, unit, before, after)) in enumerate(zip(shares, totals, strict=True)):
         ratio = f"{before / after:.2f}×" if after else "∞"
-        axes.text(
-            max(share, 100) + 1.5, y, f"{human(before, unit)} → {human(after, unit)}", va="center", color=INK
-        )
+        axes.text(max(share, 100) + 1.5, y, f"{human(before, unit)} → {human(after, unit)}", va="center", color=INK)
         axes.text(max(share, 100) + 40, y, ratio, va="center", ha="right", color=INK, weight="bold")
     axes.set_yticks(positions, [label for label, *_ in totals])
     axes.invert_yaxis()

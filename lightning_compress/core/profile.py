@@ -107,9 +107,7 @@ class Profile:
         for layer in self.layers:
             if layer.name == name:
                 return layer
-        raise ValueError(
-            f"The profile has no layer {name!r}.{did_you_mean(name, [x.name for x in self.layers])}"
-        )
+        raise ValueError(f"The profile has no layer {name!r}.{did_you_mean(name, [x.name for x in self.layers])}")
 
     def to_dict(self) -> dict[str, Any]:
         """Totals and layers as plain data, ready for JSON."""
@@ -176,7 +174,7 @@ def profile(module: nn.Module, example_input: Any, *, convention: str = "macs") 
                 shapes = [tuple(x.shape) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
                 raise ValueError(
                     f"example_input does not suit {type(module).__name__}: its forward failed on shapes "
-                    f"{shapes} with {type(error).__name__}: {error}"
+                    f"{shapes} in layer {counter.where()!r} with {type(error).__name__}: {error}"
                 ) from error
     return Profile(counter.layers(), convention)
 
@@ -300,6 +298,10 @@ class _Counter(TorchDispatchMode):
                     stack.callback(module.register_forward_hook(self._leave).remove)
             stack.enter_context(self)
             forward()
+
+    def where(self) -> str:
+        """The innermost module that is running."""
+        return next((name for name, row in self.rows.items() if self.stack and row is self.stack[-1]), "")
 
     def _enter(self, name: str, module: nn.Module, args: Any) -> None:
         self.stack.append(self.rows.setdefault(name, _Row()))

@@ -110,9 +110,7 @@ def close_account(
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for name, figure in account.figures().items():
-                    logger.experiment.add_figure(
-                        f"compression/{name}", figure, trainer.global_step, close=False
-                    )
+                    logger.experiment.add_figure(f"compression/{name}", figure, trainer.global_step, close=False)
     return account
 
 

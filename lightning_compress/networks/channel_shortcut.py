@@ -69,9 +69,7 @@ class ChannelShortcut(nn.Module):
         """
         select = self.select
         if not select.is_meta and (select.sum(1) > 1).any():
-            raise ValueError(
-                "select has a row with more than one True: an output channel copies one channel at most."
-            )
+            raise ValueError("select has a row with more than one True: an output channel copies one channel at most.")
         alive, index = select.any(1), select.long().argmax(1)
         self.offset, self.index, self.alive = None, index, alive[:, None, None]
         if not select.is_meta:

@@ -43,9 +43,7 @@ class CIFARDenseNet(nn.Module):
         ValueError: if ``depth`` is not 3n + 4.
     """
 
-    def __init__(
-        self, depth: int = 40, growth: int = 12, num_classes: int = 10, in_channels: int = 3
-    ) -> None:
+    def __init__(self, depth: int = 40, growth: int = 12, num_classes: int = 10, in_channels: int = 3) -> None:
         super().__init__()
         if depth < 7 or (depth - 4) % 3:
             raise ValueError(f"depth must be 3n + 4 with n >= 1 (7, 10, 13, ..., 40, 100), got {depth}.")

@@ -101,9 +101,7 @@ def load_weights(network: nn.Module, path: str | os.PathLike) -> None:
         problems.append(f"the network has no {_some(unexpected)}")
         hint = did_you_mean(unexpected[0], missing)
     if wrong := [key for key in expected if key in state and state[key].shape != expected[key].shape]:
-        shapes = (
-            f"{tuple(state[wrong[0]].shape)} in the file, {tuple(expected[wrong[0]].shape)} in the network"
-        )
+        shapes = f"{tuple(state[wrong[0]].shape)} in the file, {tuple(expected[wrong[0]].shape)} in the network"
         problems.append(f"shapes differ for {_some(wrong)} ({wrong[0]}: {shapes})")
     if problems:
         what = f"path {os.fspath(path)!r} does not fit {type(network).__name__}"
@@ -117,9 +115,7 @@ def _read(path: str | os.PathLike) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise ValueError(f"path {os.fspath(path)!r} does not exist.") from None
     except Exception as error:  # the unpickler raises whatever a damaged file leads it to
-        reason = (
-            f"{type(error).__name__}: {str(error).split('. ')[0].splitlines()[0]}" if str(error) else "empty"
-        )
+        reason = f"{type(error).__name__}: {str(error).split('. ')[0].splitlines()[0]}" if str(error) else "empty"
         raise ValueError(
             f"path {os.fspath(path)!r} is truncated or holds more than plain weights ({reason})."
         ) from error

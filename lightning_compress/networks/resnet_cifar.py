@@ -68,9 +68,7 @@ class CIFARResNet(nn.Module):
     ) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
-            raise ValueError(
-                f"depth must be 6n + 2 with n >= 1 (8, 14, 20, 32, 44, 56, 110, ...), got {depth}."
-            )
+            raise ValueError(f"depth must be 6n + 2 with n >= 1 (8, 14, 20, 32, 44, 56, 110, ...), got {depth}.")
         if len(widths) != 4:
             raise ValueError(f"widths must name four widths (stem and three stages), got {tuple(widths)}.")
         if shortcut not in ("pad", "projection"):

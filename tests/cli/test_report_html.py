@@ -37,9 +37,7 @@ class Checker(HTMLParser):
 
 
 def layer(name: str, width: int, macs: int) -> LayerRow:
-    return LayerRow(
-        name, "conv", width, macs, macs, params=macs // 10, nonzeros=macs // 10, bits=32, bytes=macs
-    )
+    return LayerRow(name, "conv", width, macs, macs, params=macs // 10, nonzeros=macs // 10, bits=32, bytes=macs)
 
 
 def account(kept: int) -> Account:
@@ -118,9 +116,7 @@ def test_folders_that_are_no_runs(runs, tmp_path):
     with pytest.raises(ValueError, match=r"runs: there is no folder '.*absent'"):
         render_report([tmp_path / "absent"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(
-        ValueError, match=r"'.*empty' holds no run, that is none of compression.json, metrics.csv"
-    ):
+    with pytest.raises(ValueError, match=r"'.*empty' holds no run, that is none of compression.json, metrics.csv"):
         render_report([tmp_path / "empty"])
     (runs / "one" / "compression.json").write_text('{"before": {')
     with pytest.raises(ValueError, match=r"compression.json' is not a whole account"):

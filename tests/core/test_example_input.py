@@ -47,9 +47,7 @@ class Module(LightningModule):
 
 
 def fit(module, tmp_path, *args, **kwargs):
-    trainer = Trainer(
-        fast_dev_run=True, accelerator="cpu", enable_progress_bar=False, default_root_dir=tmp_path
-    )
+    trainer = Trainer(fast_dev_run=True, accelerator="cpu", enable_progress_bar=False, default_root_dir=tmp_path)
     trainer.fit(module, *args, **kwargs)
     return module.found
 
@@ -114,8 +112,6 @@ def test_nothing_to_be_found(tmp_path):
 
 
 def test_inputs_take_the_modules_dtype():
-    args, kwargs = inputs_for(
-        nn.Linear(4, 2).double(), {"input": torch.zeros(1, 4), "ids": torch.tensor([1])}
-    )
+    args, kwargs = inputs_for(nn.Linear(4, 2).double(), {"input": torch.zeros(1, 4), "ids": torch.tensor([1])})
     assert args == ()
     assert (kwargs["input"].dtype, kwargs["ids"].dtype) == (torch.float64, torch.int64)

@@ -33,9 +33,7 @@ def prepared(kind: str) -> nn.Module:
     return net
 
 
-@pytest.mark.parametrize(
-    "kind", ["plain", "mask", "two parametrisations", "old weight_norm", "prune", "compiled"]
-)
+@pytest.mark.parametrize("kind", ["plain", "mask", "two parametrisations", "old weight_norm", "prune", "compiled"])
 def test_same_function_and_original_untouched(kind):
     torch.manual_seed(0)
     net = prepared(kind)

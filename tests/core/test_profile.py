@@ -35,9 +35,7 @@ class SelfAttention(nn.Module):
         return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-ENCODER_LAYER = (
-    5 * 8 * 24 + 2 * 5 * 5 * 8 + 5 * 8 * 8 + 2 * 5 * 8 * 16
-)  # qkv, two products, out, two of the MLP
+ENCODER_LAYER = 5 * 8 * 24 + 2 * 5 * 5 * 8 + 5 * 8 * 8 + 2 * 5 * 8 * 16  # qkv, two products, out, two of the MLP
 
 
 @pytest.mark.parametrize(

@@ -317,9 +317,7 @@ def _id(row: tuple) -> str:
 @pytest.mark.parametrize(("slug", "name", "arguments", "shape", "figures"), FIGURES, ids=map(_id, FIGURES))
 def test_dense_figures(slug, name, arguments, shape, figures):
     counts = counted(name, shape, **arguments)
-    wrong = {
-        rule.__name__: rule(counts) for rule, figure in figures.items() if not agrees(rule(counts), figure)
-    }
+    wrong = {rule.__name__: rule(counts) for rule, figure in figures.items() if not agrees(rule(counts), figure)}
     assert not wrong, {rule.__name__: figure for rule, figure in figures.items()}
 
 

@@ -92,15 +92,11 @@ def test_keys_and_shapes_must_fit(tmp_path, net):
     path = tmp_path / "weights.pt"
     state = net.state_dict()
     torch.save(state, path)
-    with pytest.raises(
-        ValueError, match=r"shapes differ for fc2.weight, fc2.bias .*\(10, 500\) in the file, \(7, 500"
-    ):
+    with pytest.raises(ValueError, match=r"shapes differ for fc2.weight, fc2.bias .*\(10, 500\) in the file, \(7, 500"):
         load_weights(differing(num_classes=7), path)
     state["fc3.bias"] = state.pop("fc2.bias")
     torch.save(state, path)
-    with pytest.raises(
-        ValueError, match=r"lacks fc2\.bias; the network has no fc3\.bias\. Did you mean 'fc2\.bias'"
-    ):
+    with pytest.raises(ValueError, match=r"lacks fc2\.bias; the network has no fc3\.bias\. Did you mean 'fc2\.bias'"):
         load_weights(net, path)
     torch.save({"weight": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match=r"lacks conv1\.weight, conv1\.bias, conv2\.weight and 5 more"):

@@ -53,9 +53,7 @@ def test_public_weights(build, correct):
     load_weights(net, data / "weights" / f"{build.__name__}-cifar10.pt")
     with np.load(data / "cifar10.npz") as file:
         images, labels = file["x_test"][:1000], file["y_test"][:1000]
-    x = ((torch.from_numpy(images).float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(
-        0, 3, 1, 2
-    )
+    x = ((torch.from_numpy(images).float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)).permute(0, 3, 1, 2)
     with torch.inference_mode():
         predicted = torch.cat([net(part).argmax(1) for part in x.split(250)])
     # Two images more or less are left to the order of floating-point sums.

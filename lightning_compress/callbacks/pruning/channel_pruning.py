@@ -30,6 +30,7 @@ from lightning_compress.core.surgery import (
     check_trainer,
     floor_width,
     read_steps,
+    replay_in_setup,
     resume_path,
     scaled_macs,
     shrink_in_fit,
@@ -86,9 +87,7 @@ class ChannelPruning(Callback):
         else:
             parse_ratio(pruning_ratio)
         if target_macs is not None and not 0 < target_macs < 1:
-            raise ValueError(
-                f"{name}(target_macs={target_macs}): give the share of MACs to keep, between 0 and 1."
-            )
+            raise ValueError(f"{name}(target_macs={target_macs}): give the share of MACs to keep, between 0 and 1.")
         if round_to < 1:
             raise ValueError(f"{name}(round_to={round_to}): give a whole number of at least 1.")
         if start_epoch < 0:
@@ -126,9 +125,7 @@ class ChannelPruning(Callback):
         """Channels kept of `width`. Papers round differently."""
         return floor_width(width, ratio)
 
-    def new_values(
-        self, pl_module: LightningModule, graph: ChannelGraph, plan: ChannelPlan
-    ) -> dict[str, Tensor]:
+    def new_values(self, pl_module: LightningModule, graph: ChannelGraph, plan: ChannelPlan) -> dict[str, Tensor]:
         """Tensor name -> value in the narrow network, where it is not just the kept slice. Called before the cut."""
         return {}
 
@@ -158,21 +155,19 @@ class ChannelPruning(Callback):
                     f"its network was changed by {' and '.join(step['by'] for step in steps) or 'nothing'}. To prune a "
                     f"trained network, load its weights into the module and start a fit of its own."
                 )
-            record.replay(pl_module, steps)
+            replay_in_setup(trainer, pl_module, steps, by=type(self).__name__)
         if self._is_done(record.steps):
             return
         if self.start_epoch == 0:
             self.prune(trainer, pl_module)
         else:
-            self._rehearse(trainer, pl_module)
+            self.rehearse(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_optimizers(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if 0 < self.start_epoch <= trainer.current_epoch and not self._is_done(
-            attach_record(pl_module).steps
-        ):
+        if 0 < self.start_epoch <= trainer.current_epoch and not self._is_done(attach_record(pl_module).steps):
             self.prune(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -215,7 +210,7 @@ class ChannelPruning(Callback):
         rank_zero_info(f"{type(self).__name__}: {len(plan.kept)} layers narrowed.")
         return plan
 
-    def _rehearse(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def rehearse(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find in `setup` what would fail in `start_epoch`, hours later: everything but the scores is known."""
         check_trainer(trainer, type(self).__name__, in_fit=True)
         graph = self.trace(trainer, pl_module)
@@ -273,6 +268,4 @@ class ChannelPruning(Callback):
         if trainer.world_size > 1:
             mine = [tuple(p.shape) for p in pl_module.parameters()]
             if trainer.strategy.broadcast(mine) != mine:
-                raise RuntimeError(
-                    f"{type(self).__name__}: rank {trainer.global_rank} has other shapes than rank 0."
-                )
+                raise RuntimeError(f"{type(self).__name__}: rank {trainer.global_rank} has other shapes than rank 0.")

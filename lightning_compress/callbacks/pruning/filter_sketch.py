@@ -339,10 +339,11 @@ class FilterSketch(ChannelPruning):
 
     def prune(self, trainer: Trainer, pl_module: LightningModule) -> ChannelPlan:
         plan = super().prune(trainer, pl_module)
-        tensors = dict(pl_module.named_parameters())
-        for tensor, *_ in attach_record(pl_module).steps[-1]["cuts"]:
-            for optimizer in trainer.optimizers:  # momentum of filters that are no more
-                optimizer.state.pop(tensors.get(tensor), None)
+        cut = {tensor for tensor, *_ in attach_record(pl_module).steps[-1]["cuts"]}
+        for name, parameter in pl_module.named_parameters():
+            for optimizer in trainer.optimizers:
+                if name in cut:  # the moments are of filters that are no more
+                    optimizer.state.pop(parameter, None)
         if self.recalibrate_bn:
             recalibrate_batch_norm(trainer, pl_module, self.recalibrate_bn)
         return plan

@@ -5,7 +5,13 @@ plan = allocate(graph, scores, ratios)             # layer -> kept channels, pla
 apply_cuts(network, plan.cuts(graph))              # physically narrow, any module
 """
 
-from lightning_compress.core.surgery.fit import check_trainer, resume_path, shrink_in_fit, shrink_in_setup
+from lightning_compress.core.surgery.fit import (
+    check_trainer,
+    replay_in_setup,
+    resume_path,
+    shrink_in_fit,
+    shrink_in_setup,
+)
 from lightning_compress.core.surgery.graph import ChannelGraph, Group
 from lightning_compress.core.surgery.plan import (
     ChannelPlan,
@@ -38,6 +44,7 @@ __all__ = [
     "load",
     "read_checkpoint",
     "read_steps",
+    "replay_in_setup",
     "resume_path",
     "scaled_macs",
     "shrink_in_fit",

@@ -59,9 +59,7 @@ def compact(network: nn.Module, example_input: Any, *, tolerance: float = 1e-4) 
     args, kwargs = inputs_for(network, example_input)
     with evaluating(network), evaluating(small):
         pairs = zip(tensors_in(network(*args, **kwargs)), tensors_in(small(*args, **kwargs)), strict=True)
-        same = all(
-            torch.allclose(a, b, atol=tolerance * max(1.0, float(a.abs().max())), rtol=0) for a, b in pairs
-        )
+        same = all(torch.allclose(a, b, atol=tolerance * max(1.0, float(a.abs().max())), rtol=0) for a, b in pairs)
     return small if same else network
 
 

@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_compress.core.surgery.plan import Cut
-from lightning_compress.core.surgery.record import attach_record
+from lightning_compress.core.surgery.record import Step, attach_record, same_steps
 from lightning_compress.core.surgery.shrink import carry_optimizer
 
 
@@ -81,6 +81,21 @@ def shrink_in_fit(trainer: Trainer, cuts: Sequence[Cut], *, by: str) -> None:
         trainer.strategy.model = pl_module
         trainer.strategy.configure_ddp()
     _forget_scores(trainer)
+
+
+def replay_in_setup(trainer: Trainer, pl_module: LightningModule, steps: Sequence[Step], *, by: str) -> None:
+    """Give the module the structure that a checkpoint records, now, so that callbacks after this one see it.
+
+    Args:
+        by: the callback's name, for the message.
+
+    Raises:
+        MisconfigurationException: see :func:`check_trainer`.
+    """
+    record = attach_record(pl_module)
+    if not same_steps(record.steps, steps):
+        check_trainer(trainer, by, in_fit=False)
+        record.replay(pl_module, steps)
 
 
 def resume_path(trainer: Trainer) -> Path | None:

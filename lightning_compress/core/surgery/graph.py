@@ -119,7 +119,7 @@ class ChannelGraph:
         for name, ids in widths.items():
             if ids is None:
                 left_alone[name] = (
-                    "has a single channel, or its weight is computed by an operator that is not known"
+                    "has a single channel, shares its weight with an earlier layer, or computes it in an unknown way"
                 )
                 continue
             why = [reason[u] for u in unit[ids] if u in reason]

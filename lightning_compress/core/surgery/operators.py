@@ -256,9 +256,7 @@ def _group_norm(
 @_rule("mm")
 def _mm(trace: ChannelTrace, out: Tensor, a: Tensor, b: Tensor) -> None:
     trace.tie(trace.axis(a, 1), trace.axis(b, 0))
-    trace.put(
-        out, [x for x in trace.get(a) if x.shape[1] == 1] + [x for x in trace.get(b) if x.shape[0] == 1]
-    )
+    trace.put(out, [x for x in trace.get(a) if x.shape[1] == 1] + [x for x in trace.get(b) if x.shape[0] == 1])
 
 
 @_rule("addmm")
@@ -332,9 +330,7 @@ def _split(trace: ChannelTrace, out: Sequence[Tensor], x: Tensor, size: Any, dim
             trace.freeze(ids, "is split into pieces of fixed size")
     for tensor in out:
         stop = start + tensor.shape[dim]
-        trace.put(
-            tensor, [np.take(a, range(start, stop), dim) if a.shape[dim] > 1 else a for a in trace.get(x)]
-        )
+        trace.put(tensor, [np.take(a, range(start, stop), dim) if a.shape[dim] > 1 else a for a in trace.get(x)])
         start = stop
 
 
@@ -425,9 +421,7 @@ def _repeat(trace: ChannelTrace, out: Tensor, x: Tensor, repeats: Sequence[int])
     for array in trace.get(x):
         if any(array.shape[d] > 1 and repeats[lead + d] > 1 for d in range(x.ndim)):
             trace.freeze(array, "is repeated")
-    trace.put(
-        out, [a.reshape((1,) * lead + a.shape) for a in trace.get(x) if all(r == 1 for r in repeats[lead:])]
-    )
+    trace.put(out, [a.reshape((1,) * lead + a.shape) for a in trace.get(x) if all(r == 1 for r in repeats[lead:])])
 
 
 @_rule("view", "_unsafe_view", "reshape", "_reshape_alias")
@@ -539,9 +533,7 @@ def _spatial(trace: ChannelTrace, out: Any, x: Tensor, *args: Any, **kwargs: Any
         for array in trace.get(x):
             if any(s > 1 and d not in untouched for d, s in enumerate(array.shape)):
                 trace.freeze(array, "is pooled or resized along its channels")
-        trace.put(
-            tensor, [a for a in trace.get(x) if all(s == 1 or d in untouched for d, s in enumerate(a.shape))]
-        )
+        trace.put(tensor, [a for a in trace.get(x) if all(s == 1 or d in untouched for d, s in enumerate(a.shape))])
 
 
 @_rule("constant_pad_nd")

@@ -55,24 +55,23 @@ class ChannelPlan:
             ValueError: unknown layer, index out of range, or nothing left.
             MisconfigurationException: a removed channel must stay, or coupled layers disagree about one.
         """
-        gone = np.unique(np.concatenate([*(self._gone(graph, n) for n in self.kept), np.empty(0, int)]))
+        gone = np.zeros(graph.units + 1, bool)  # the last is for units that must stay, which are marked -1
+        for name in self.kept:
+            gone[self._gone(graph, name)] = True
         for name, kept in self.kept.items():
-            both = np.intersect1d(graph.layers[name][kept.numpy()], gone)
+            both = graph.layers[name][kept.numpy()]
+            both = both[gone[both]]
             if both.size:
                 other = next(n for n in self.kept if n != name and np.isin(self._gone(graph, n), both).any())
                 raise MisconfigurationException(
                     f"The plan keeps channels of {name!r} that it removes from {other!r}, but the two are coupled "
                     f"(their channels are added or read together): give both the same kept indices."
                 )
-        alive = np.ones(graph.units, bool)
-        alive[gone] = False
         cuts = []
         for (tensor, dim), units in graph.axes.items():
-            stays = alive[units]
+            stays = ~gone[units]
             if not stays.any():
-                raise ValueError(
-                    f"The plan leaves nothing of {tensor!r} along dim {dim}; keep at least one channel."
-                )
+                raise ValueError(f"The plan leaves nothing of {tensor!r} along dim {dim}; keep at least one channel.")
             if not stays.all():
                 cuts.append(Cut(tensor, dim, len(units), torch.from_numpy(np.flatnonzero(stays))))
         return cuts
@@ -90,12 +89,10 @@ class ChannelPlan:
             raise ValueError(
                 f"The plan keeps channels {kept.tolist()[:8]} of {name!r}; allowed are 0 to {len(units) - 1}, at least one."
             )
-        gone = np.setdiff1d(np.arange(len(units)), kept)
-        if (units[gone] < 0).any():
-            raise MisconfigurationException(
-                f"Some channels of {name!r} must stay: it {graph.left_alone[name]}."
-            )
-        return units[gone]
+        gone = np.delete(units, kept)
+        if (gone < 0).any():
+            raise MisconfigurationException(f"Some channels of {name!r} must stay: it {graph.left_alone[name]}.")
+        return gone
 
 
 def keep_highest(scores: Tensor, width: int) -> Tensor:
@@ -177,9 +174,7 @@ def _round(size: int, units: int, per_unit: int, round_to: int) -> int:
 
 def widths(graph: ChannelGraph, plan: ChannelPlan) -> dict[str, tuple[int, int]]:
     """Layer -> (dense width, kept width), for every layer that the graph can narrow."""
-    return {
-        n: (graph.width(n), len(plan.kept[n]) if n in plan.kept else graph.width(n)) for n in graph.layers
-    }
+    return {n: (graph.width(n), len(plan.kept[n]) if n in plan.kept else graph.width(n)) for n in graph.layers}
 
 
 def scaled_macs(macs: Mapping[str, int], graph: ChannelGraph, cuts: Sequence[Cut]) -> float:
@@ -197,8 +192,6 @@ def scaled_macs(macs: Mapping[str, int], graph: ChannelGraph, cuts: Sequence[Cut
     for name in list(share):  # an attention's own products shrink with its heads
         parent, _, leaf = name.rpartition(".")
         if leaf == "qkv" and parent in macs:
-            heads = next(
-                (len(c.kept) / c.size for c in cuts if c.tensor == f"{name}.weight" and c.dim == 0), 1.0
-            )
+            heads = next((len(c.kept) / c.size for c in cuts if c.tensor == f"{name}.weight" and c.dim == 0), 1.0)
             share.setdefault(parent, heads)
     return sum(value * share.get(name, 1.0) for name, value in macs.items())

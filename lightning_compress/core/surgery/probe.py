@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_compress.core.meta import dry_run
 from lightning_compress.core.surgery.graph import ChannelGraph, Group
+from lightning_compress.core.surgery.operators import run_fast
 from lightning_compress.core.surgery.plan import ChannelPlan, Cut
 from lightning_compress.core.surgery.shrink import Swap, apply_cuts, undo
 
@@ -46,6 +48,11 @@ def check_cuts(network: nn.Module, cuts: Sequence[Cut], example_input: Any) -> N
         ) from error
 
 
+class _Fast(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return run_fast(func, args, kwargs or {})
+
+
 def _less(graph: ChannelGraph, groups: Sequence[Group]) -> list[Cut]:
     """Cuts that take the last unit of every group."""
     kept = {}
@@ -63,7 +70,7 @@ def _failure(network: nn.Module, cuts: Sequence[Cut], example_input: Any) -> tup
         handles.append(module.register_forward_hook(lambda m, a, o: stack.pop() and None))
     try:
         with _pretended(network, cuts):
-            dry_run(network, example_input, lambda tensors: nullcontext())
+            dry_run(network, example_input, lambda tensors: _Fast())
     except Exception as error:
         return (stack[-1] if stack else ""), error
     finally:

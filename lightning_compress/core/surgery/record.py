@@ -54,7 +54,7 @@ class Record(nn.Module):
 
         Tensors that had to change back hold zeros: their values are about to be loaded.
         """
-        done = len(self.steps) if _same(self.steps, steps[: len(self.steps)]) else 0
+        done = len(self.steps) if same_steps(self.steps, steps[: len(self.steps)]) else 0
         if self.steps and not done:
             reshape_tensors(module, self._dense_shapes(module), self._unsaved)
         for step in steps[done:]:
@@ -162,13 +162,12 @@ def _leave_out_if_empty(record: nn.Module, state_dict: dict[str, Any], prefix: s
         state_dict.pop(f"{prefix}_extra_state", None)
 
 
-def _same(left: Sequence[Step], right: Sequence[Step]) -> bool:
+def same_steps(left: Sequence[Step], right: Sequence[Step]) -> bool:
     """Whether two histories cut the same."""
     return len(left) == len(right) and all(
         len(a["cuts"]) == len(b["cuts"])
         and all(
-            tuple(x[:3]) == tuple(y[:3]) and torch.equal(x[3], y[3])
-            for x, y in zip(a["cuts"], b["cuts"], strict=True)
+            tuple(x[:3]) == tuple(y[:3]) and torch.equal(x[3], y[3]) for x, y in zip(a["cuts"], b["cuts"], strict=True)
         )
         for a, b in zip(left, right, strict=True)
     )

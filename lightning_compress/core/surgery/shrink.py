@@ -40,9 +40,7 @@ def apply_cuts(module: nn.Module, cuts: Iterable[Cut], *, pretend: bool = False)
     swaps = []
     for name, group in by_tensor.items():
         if name not in own:
-            raise ValueError(
-                f"The recorded surgery cuts tensor {name!r}, which {type(module).__name__} does not have."
-            )
+            raise ValueError(f"The recorded surgery cuts tensor {name!r}, which {type(module).__name__} does not have.")
         old = own[name]
         for cut in group:
             if cut.dim >= old.ndim or old.shape[cut.dim] != cut.size:
@@ -61,15 +59,10 @@ def undo(module: nn.Module, swaps: Sequence[Swap]) -> None:
     _replace(module, {id(s.new): s.old for s in swaps})
 
 
-def reshape_tensors(
-    module: nn.Module, shapes: Mapping[str, Sequence[int]], values: Mapping[str, Tensor]
-) -> None:
+def reshape_tensors(module: nn.Module, shapes: Mapping[str, Sequence[int]], values: Mapping[str, Tensor]) -> None:
     """Give tensors other shapes: those of `values` where named there, else zeros, room for what will be loaded."""
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    room = {
-        n: values[n].to(own[n].device) if n in values else own[n].detach().new_zeros(s)
-        for n, s in shapes.items()
-    }
+    room = {n: values[n].to(own[n].device) if n in values else own[n].detach().new_zeros(s) for n, s in shapes.items()}
     _replace(module, {id(own[n]): _like(own[n], value) for n, value in room.items()})
 
 

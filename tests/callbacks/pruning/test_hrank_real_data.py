@@ -77,7 +77,11 @@ def test_ranks_hardly_depend_on_the_images() -> None:
         data.setup("fit")
         halves.append(collect_ranks(trainer, module, every, 6, 128))
     full = {"1": 32, "2": 16, "3": 8}
-    ordered = [n for n in every if (halves[0].mean(n) < full.get(n.removeprefix("network.layer")[0], 32) - 0.05).float().mean() > 0.1]
+    ordered = [
+        n
+        for n in every
+        if (halves[0].mean(n) < full.get(n.removeprefix("network.layer")[0], 32) - 0.05).float().mean() > 0.1
+    ]
     assert len(ordered) >= 52
     correlations = {n: spearmanr(halves[0].mean(n), halves[1].mean(n)).statistic for n in ordered}
     print(f"lowest Spearman {min(correlations.values()):.4f} of {len(ordered)} layers out of {len(every)}")

@@ -143,6 +143,11 @@ class HRank(ChannelPruning):
         self.ranks.check({n: graph.width(n) for n in layers})
         return {n: self.ranks.mean(n) for n in layers}
 
+    def rehearse(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().rehearse(trainer, pl_module)
+        if self.rank_file is not None:
+            self.scores(trainer, pl_module, self.trace(trainer, pl_module))
+
     def prunable(self, pl_module: LightningModule, graph: ChannelGraph) -> list[str]:
         return [n for n in graph.layers if isinstance(pl_module.get_submodule(n), nn.Conv2d)]
 
@@ -192,7 +197,7 @@ class HRank(ChannelPruning):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._stages is not None:
-            self._stages.attach(trainer)
+            self._stages.attach(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._stages is None:

@@ -18,7 +18,6 @@ from lightning_compress.core.profile import Profile
 from lightning_compress.networks import CIFARVGG, CIFARDenseNet, CIFARGoogLeNet, CIFARResNet
 
 Layout = Literal["original", "plus"]
-STAGES = ("layer1", "layer2", "layer3", "layer4")
 INCEPTIONS = ("a3", "b3", "a4", "b4", "c4", "d4", "e4", "a5", "b5")
 
 
@@ -85,12 +84,13 @@ def layout(network: nn.Module, version: Layout = "original") -> list[tuple[str, 
         if plus:
             outs = [(*(f"{block}.conv3" for block in stage), f"{stage[0]}.downsample.0") for stage in stages[:3]]
             return [("conv1",), *outs, *((f"{b}.conv1", f"{b}.conv2") for stage in stages for b in stage)]
-        convs = ("conv1", "conv2", "conv3")
-        inside = [[f"{stage[0]}.downsample.0", *(f"{b}.{c}" for b in stage for c in convs)] for stage in stages]
-        return [("conv1",), *((name,) for stage in inside for name in stage)]
+        names = ["conv1"]
+        for stage in stages:
+            names += [f"{stage[0]}.downsample.0", *(f"{b}.conv{i}" for b in stage for i in (1, 2, 3))]
+        return [(name,) for name in names]
     if isinstance(network, CIFARVGG):
-        convs = _convs(network)
-        return [(name,) for name in convs[:-1]] + ([] if plus else [()])
+        *pruned, _ = _convs(network)
+        return [(name,) for name in pruned] + ([] if plus else [()])
     if isinstance(network, CIFARDenseNet):
         return [(name,) if i or not plus else () for i, name in enumerate(_convs(network))]
     if isinstance(network, CIFARGoogLeNet):
@@ -119,10 +119,10 @@ def layer_ratios(network: nn.Module, ratios: Sequence[float], version: Layout = 
     """
     order = layout(network, version)
     if len(ratios) != len(order):
-        start = ", ".join(" & ".join(names) if len(names) < 3 else f"{names[0]} & ..." for names in order[:5])
+        start = ", ".join(names[0] + " & ..." * (len(names) > 1) if names else "(ignored)" for names in order[:5])
         raise ValueError(
             f"pruning_ratio has {len(ratios)} numbers, but the {version!r} layout of {type(network).__name__} has "
-            f"{len(order)}: {start or 'none'}, ..."
+            f"{len(order)}: {start}, ..."
         )
     by_layer = {name: ratio for names, ratio in zip(order, ratios, strict=True) for name in names}
     if isinstance(network, CIFARDenseNet) and version == "plus":
@@ -132,16 +132,17 @@ def layer_ratios(network: nn.Module, ratios: Sequence[float], version: Layout = 
 
 def _transition_ratios(network: CIFARDenseNet, by_layer: Mapping[str, float]) -> dict[str, float]:
     """A narrow transition outputs a share of what it reads, so the block in front narrows it as well."""
-    width = network.conv1.out_channels
+    convs = _convs(network)
+    width = convs["conv1"].out_channels
     ratios = {}
-    for block, transition in (("dense1", "trans1"), ("dense2", "trans2")):
-        for layer in range(len(network.get_submodule(block))):
-            name = f"{block}.{layer}.conv"
-            width += kept_width(network.get_submodule(name).out_channels, by_layer[name])
-        name = f"{transition}.conv"
+    for block in ("1", "2"):
+        for name, conv in convs.items():
+            if name.startswith(f"dense{block}."):
+                width += kept_width(conv.out_channels, by_layer[name])
+        name = f"trans{block}.conv"
         width = kept_width(width, by_layer[name])
         # Half a channel more, or int(n * (1 - ratio)) might fall one short.
-        ratios[name] = 1 - min(1, (width + 0.5) / network.get_submodule(name).out_channels)
+        ratios[name] = 1 - min(1.0, (width + 0.5) / convs[name].out_channels)
     return ratios
 
 
@@ -171,25 +172,26 @@ def rank_taps(network: nn.Module) -> dict[str, Tap]:
                     taps[f"{block}.downsample.0"] = Tap(block)
         return taps
     if isinstance(network, CIFARVGG):
-        return {name: Tap(name.replace("conv", "relu")) for name in _convs(network)[:-1]}
+        *pruned, _ = _convs(network)
+        return {name: Tap(name.replace("conv", "relu")) for name in pruned}
     if isinstance(network, CIFARDenseNet):
         convs = _convs(network)
-        readers = [*(name.removesuffix("conv") + "relu" for name in convs[1:]), "relu"]
+        readers = [*(name.removesuffix("conv") + "relu" for name in list(convs)[1:]), "relu"]
         return {
             # Each reader sees the whole concatenation, which ends with the layer in question; a stem or a
             # transition begins a new one.
-            name: Tap(reader, slice(-network.get_submodule(name).out_channels, None))
-            for name, reader in zip(convs, readers, strict=True)
+            name: Tap(reader, slice(-conv.out_channels, None))
+            for (name, conv), reader in zip(convs.items(), readers, strict=True)
         }
     if isinstance(network, CIFARGoogLeNet):
-        taps = {"stem.conv": Tap("stem.relu")}
+        convs, taps = _convs(network), {"stem.conv": Tap("stem.relu")}
         for inception in INCEPTIONS:
             # In front of a pooling the authors read its output.
             read = {"b3": "pool1", "e4": "pool2"}.get(inception, inception)
             start = 0
-            for convs in _branches(inception).values():
-                stop = start + network.get_submodule(convs[0]).out_channels
-                taps |= dict.fromkeys(convs, Tap(read, slice(start, stop)))
+            for names in _branches(inception).values():
+                stop = start + convs[names[0]].out_channels
+                taps |= dict.fromkeys(names, Tap(read, slice(start, stop)))
                 start = stop
         return taps
     raise _unknown(network)
@@ -258,8 +260,8 @@ def out_only(
 def _lost(network: CIFARDenseNet, transition: str, ratios: Mapping[str, float]) -> int:
     """Channels removed from the layers of the block in front of ``trans<k>.conv``."""
     block = f"dense{transition[len('trans')]}."
-    layers = {name: network.get_submodule(name).out_channels for name in _convs(network) if name.startswith(block)}
-    return sum(n - kept_width(n, ratios.get(name, 0.0), "prune") for name, n in layers.items())
+    widths = {name: conv.out_channels for name, conv in _convs(network).items() if name.startswith(block)}
+    return sum(n - kept_width(n, ratios.get(name, 0.0), "prune") for name, n in widths.items())
 
 
 def _unknown(network: nn.Module) -> ValueError:
@@ -275,13 +277,13 @@ def _is_bottleneck(network: nn.Module) -> bool:
 
 def _stages(network: nn.Module) -> list[list[str]]:
     """Names of the blocks, stage by stage."""
-    stages = [name for name in STAGES if hasattr(network, name)]
-    return [[f"{stage}.{i}" for i in range(len(network.get_submodule(stage)))] for stage in stages]
+    stages = {name: module for name, module in network.named_children() if name.startswith("layer")}
+    return [[f"{stage}.{i}" for i, _ in module.named_children()] for stage, module in stages.items()]
 
 
-def _convs(network: nn.Module) -> list[str]:
-    """Names of the convolutions in the order of definition, which is that of execution here."""
-    return [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d)]
+def _convs(network: nn.Module) -> dict[str, nn.Conv2d]:
+    """All convolutions in the order of definition, which is that of execution here."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, nn.Conv2d)}
 
 
 def _branches(inception: str) -> dict[str, tuple[str, ...]]:

@@ -48,6 +48,7 @@ class Stages:
             ValueError: a number in `train_after` is no layer's.
         """
         self.layers = list(layers)
+        self.stage, self.best, self.best_weights, self.initial = -1, None, {}, {}
         last = len(self.layers)
         if self.train_after is None:
             self.train_after = range(1, last + 1)
@@ -73,10 +74,12 @@ class Stages:
 
     # ---- during the fit
 
-    def attach(self, trainer: Trainer) -> None:
+    def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Mask after every optimiser step."""
         for optimizer in trainer.optimizers:
             self._handles.append(optimizer.register_step_post_hook(lambda *_: self.apply()))
+        if self.stage >= 0:  # resumed, perhaps in the middle of an epoch
+            self._masks = self._build(pl_module)
 
     def detach(self) -> None:
         for handle in self._handles:

@@ -1,0 +1,89 @@
+"""HRank's scoring against the shape of the papers' code.
+
+Criterion: `feature_map_rank` on a layer's maps of 256 images, against a Python loop over images and channels that
+calls `torch.linalg.matrix_rank` on one map. Scoring pass: all layers read in one pass, against one pass through the
+network per layer, each with that loop.
+
+The loop takes minutes, so it runs on the first 16 of the 256 images and its time is multiplied by 16; the ranks of
+these must be equal. The pass through the network is timed once and counted once per layer. Weights and images are
+random; with LC_DATA, a trained ResNet-56 on CIFAR-10 is measured too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from _alternate import Claim, best_times, geometric_mean, machine, milliseconds, report
+from torch import Tensor, nn
+
+from lightning_compress.callbacks.pruning.hrank import FeatureRanks, feature_map_rank
+from lightning_compress.callbacks.pruning.hrank.published import rank_taps
+from lightning_compress.callbacks.pruning.hrank.taps import feature_maps
+from lightning_compress.networks import load_weights, resnet56, vgg16_cifar
+
+IMAGES, LOOP_IMAGES, BATCH, REPEATS = 256, 16, 128, 3
+SCALE = IMAGES // LOOP_IMAGES
+
+
+def loop(maps: Tensor) -> Tensor:
+    return torch.tensor([[torch.linalg.matrix_rank(m).item() for m in image] for image in maps])
+
+
+def claims() -> Iterator[Claim]:
+    torch.manual_seed(0)
+    noise = torch.randn(IMAGES, 3, 32, 32)
+    yield from measure("ResNet-56", resnet56(), noise)
+    yield from measure("VGG-16", vgg16_cifar(), noise)
+    if "LC_DATA" in os.environ:
+        yield from measure("trained ResNet-56", *trained(Path(os.environ["LC_DATA"])))
+
+
+@torch.no_grad()
+def measure(name: str, network: nn.Module, images: Tensor) -> Iterator[Claim]:
+    network.eval()
+    taps = rank_taps(network)
+    ratios: list[float] = []
+    loops: list[float] = []
+
+    def compare(layer: str, maps: Tensor) -> None:
+        few = maps[:LOOP_IMAGES]
+        assert torch.equal(feature_map_rank(few), loop(few)), f"ranks of {name}'s {layer} differ"
+        ours, theirs = best_times(REPEATS, lambda: feature_map_rank(maps), lambda: loop(few))
+        ratios.append(SCALE * theirs / ours)
+        loops.append(SCALE * theirs)
+
+    with feature_maps(network, list(taps), taps, compare):
+        network(images)
+
+    def forward() -> None:
+        for batch in images.split(BATCH):
+            network(batch)
+
+    def score() -> None:
+        ranks = FeatureRanks()
+        with feature_maps(network, list(taps), taps, lambda n, maps: ranks.update(n, feature_map_rank(maps))):
+            forward()
+
+    ours, once = best_times(REPEATS, score, forward)
+    theirs = len(taps) * once + sum(loops)
+    spread = f"{len(taps)} layers, {min(ratios):.1f} to {max(ratios):.1f}"
+    yield Claim(f"{name}: rank criterion / per-map loop, mean over layers", geometric_mean(ratios), 5, detail=spread)
+    yield Claim(f"{name}: scoring pass / pass per layer", theirs / ours, 20, detail=milliseconds(ours, theirs))
+
+
+def trained(data: Path) -> tuple[nn.Module, Tensor]:
+    """The public ResNet-56 and the first training images of CIFAR-10."""
+    network = resnet56()
+    load_weights(network, data / "weights" / "resnet56-cifar10.pt")
+    pixels = torch.from_numpy(np.load(data / "cifar10.npz")["x_train"][:IMAGES]).permute(0, 3, 1, 2) / 255
+    mean, std = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2023, 0.1994, 0.2010])
+    return network, (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+
+
+if __name__ == "__main__":
+    print(machine())
+    report(claims())
