@@ -6,6 +6,7 @@ convolution, a linear head. The data are a few of scikit-learn's digits, always 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,7 +18,6 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
-
 
 # As where matplotlib is not installed: drawing the account takes longer than such a fit.
 no_pictures = patch("lightning_compress.core.plots.available", return_value=False)
@@ -56,7 +56,7 @@ class Foreign(LightningModule):
 
     def __init__(self, network: nn.Module | None = None, lr: float = 0.1) -> None:
         super().__init__()
-        self.net = network or Network()
+        self.net = Network() if network is None else network
         self.lr = lr
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,10 +85,10 @@ class Foreign(LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
 
 
-def made(network: nn.Module | None = None, **kwargs: Any) -> Foreign:
+def made(build: Callable[[], nn.Module] = Network, **kwargs: Any) -> Foreign:
     """The module, with the same weights at every call."""
     torch.manual_seed(0)
-    return Foreign(network, **kwargs)
+    return Foreign(build(), **kwargs)
 
 
 def digits(samples: int = 64, start: int = 0, batch_size: int = 16) -> DataLoader:

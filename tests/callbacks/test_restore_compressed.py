@@ -82,5 +82,5 @@ def test_an_average_copies_the_narrow_network(saved: tuple[Foreign, Path]) -> No
 def test_a_truncated_checkpoint(saved: tuple[Foreign, Path]) -> None:
     half = saved[1] / "half.ckpt"
     half.write_bytes((saved[1] / "epoch=2.ckpt").read_bytes()[:5000])
-    with pytest.raises(MisconfigurationException, match="half.ckpt' cannot be read as a checkpoint.*cut short"):
+    with pytest.raises(MisconfigurationException, match=r"half.ckpt' cannot be read as a checkpoint.*cut short"):
         make_trainer(saved[1], RestoreCompressed()).test(made(), digits(), ckpt_path=half)

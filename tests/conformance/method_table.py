@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,15 @@ class Case:
         module, _, name = self.card.class_path.rpartition(".")
         return getattr(importlib.import_module(module), name)
 
+    @property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(self.cls).parameters
+
+    @property
+    def compresses(self) -> bool:
+        """Whether its account must show less than before."""
+        return self.card.family in ("pruning", "sparsity", "quantization")
+
     def parts(self, **changes: Any) -> Parts:
         """A callback goes onto a module that is not ours; a method that is a module comes as in its own recipe."""
         arguments = {**self.arguments, **changes}
@@ -82,11 +91,25 @@ class Case:
         return trainer
 
 
+@dataclass(frozen=True)
+class Finished:
+    """An uninterrupted fit, with a checkpoint after every epoch."""
+
+    case: Case
+    root: Path
+    module: LightningModule
+    callbacks: list[Callback]
+    trainer: Trainer
+
+    def checkpoint(self, epoch: int) -> Path:
+        return self.root / f"epoch={epoch}.ckpt"
+
+
 def variants(card: Card) -> Iterator[Case]:
     """As it is, in mid-fit where it can start later, and what `ARGUMENTS` adds."""
     plain = Case(card, "", ARGUMENTS.get(card.slug, {}))
     yield plain
-    if "start_epoch" in inspect.signature(plain.cls).parameters:
+    if "start_epoch" in plain.parameters:
         yield Case(card, "mid_fit", {**plain.arguments, "start_epoch": START_EPOCH})
     for key, arguments in ARGUMENTS.items():
         slug, _, variant = key.partition(" ")

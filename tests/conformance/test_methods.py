@@ -5,17 +5,17 @@ from __future__ import annotations
 import copy
 import pickle
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import foreign
 import pytest
 import torch
-from conftest import Finished
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from method_table import CASES, EPOCHS, METHODS, START_EPOCH, Case, Parts
+from method_table import CASES, EPOCHS, METHODS, Case, Finished, Parts
 from torch import Tensor, nn
 from two_processes import Results
 
@@ -44,7 +44,7 @@ def test_fits_a_module_that_is_not_ours(finished: Finished) -> None:
     """... and makes it smaller, if that is its business."""
     assert finished.trainer.current_epoch == EPOCHS
     assert all(p.isfinite().all() for p in finished.module.parameters())
-    if finished.case.card.family in ("pruning", "sparsity", "quantization"):
+    if finished.case.compresses:
         account = Account.load(finished.root / "compression.json")
         before, after = account.before, account.after
         assert (after.macs, after.nonzeros, after.bytes) < (before.macs, before.nonzeros, before.bytes)
@@ -97,11 +97,14 @@ def test_an_average_of_the_weights_is_right_or_refused(case: Case, first: str, t
 
     parts, plain = case.parts(), case.parts()
     parts.callbacks = [*parts.callbacks, Newest()] if first == "method" else [Newest(), *parts.callbacks]
+    refusal = ""
     try:
         trainer = case.fit(tmp_path, ModelCheckpoint(tmp_path), parts=parts)
     except MisconfigurationException as error:
-        assert "Newest" in str(error)
-        assert case.cls.__name__ in str(error)
+        refusal = str(error)
+    if refusal:
+        assert case.cls.__name__ in refusal
+        assert "Newest" in refusal
         assert not parts.module.trainer.global_step
         return
     case.fit(tmp_path, parts=plain)
@@ -121,7 +124,7 @@ def hooks(module: nn.Module) -> int:
 def test_nothing_is_left_behind(finished: Finished) -> None:
     module = finished.module
     assert hooks(module) == hooks(finished.case.parts().module)
-    assert not any(p._backward_hooks for p in module.parameters())
+    assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in module.parameters())
     for optimizer in finished.trainer.optimizers:
         assert not optimizer._optimizer_step_pre_hooks
         assert not optimizer._optimizer_step_post_hooks
@@ -189,45 +192,55 @@ def test_a_checkpoint_reloads(finished: Finished, weights_only: bool, tmp_path: 
 
 # ---- arguments
 
-IMPOSSIBLE: dict[str, list[Any]] = {
-    "pruning_ratio": [1.5, -0.1, "[0.5]*", {"net.stem": 2.0}, {"no.such.layer": 0.5}],
-    "target_macs": [0.0, 1.0, -1],
-    "include": [["no.such.layer*"]],
-    "exclude": [["no.such.layer*"]],
-    "start_epoch": [-1, EPOCHS],
-    "num_batches": [0],
+# Argument of our vocabulary -> values that cannot be, and what the message must show of each.
+IMPOSSIBLE: dict[str, list[tuple[Any, str]]] = {
+    "pruning_ratio": [
+        (1.5, "1.5"),
+        (-0.1, "-0.1"),
+        ("[0.5]*", "'[0.5]*'"),
+        ({"net.stem": 2.0}, "2.0"),
+        ({"no.such.layer": 0.5}, "'no.such.layer'"),
+    ],
+    "target_macs": [(0.0, "0.0"), (1.0, "1.0"), (-1, "-1")],
+    "include": [(["no.such.layer*"], "'no.such.layer*'")],
+    "exclude": [(["no.such.layer*"], "'no.such.layer*'")],
+    "round_to": [(0, "0")],
+    "start_epoch": [(-1, "-1"), (EPOCHS, f"max_epochs={EPOCHS}")],
+    "num_batches": [(0, "0")],
+    "rank_batch_size": [(0, "0")],
+    "epochs_per_layer": [(0, "0")],
+    "start_conv": [(0, "0")],
+    "recalibrate_bn": [(-1, "-1")],
 }
-TOO_SMALL = {"round_to": 0, "rank_batch_size": 0, "epochs_per_layer": 0, "start_conv": 0, "recalibrate_bn": -1}
 
 
-def impossible() -> list[Any]:
-    found = []
+def impossible() -> Iterator[Any]:
     for case in METHODS:
-        types = typing.get_type_hints(case.cls.__init__)
-        for argument, kind in types.items():
+        for argument, kind in typing.get_type_hints(case.cls.__init__).items():
             values = list(IMPOSSIBLE.get(argument, []))
-            values += [TOO_SMALL[argument]] if argument in TOO_SMALL else []
-            choices = [kind, *typing.get_args(kind)]
-            values += ["nonsense"] if any(typing.get_origin(c) is typing.Literal for c in choices) else []
-            found += [pytest.param(case, argument, v, id=f"{case}-{argument}-{v}") for v in values]
-    return found
+            if any(typing.get_origin(k) is typing.Literal for k in (kind, *typing.get_args(kind))):
+                values.append(("nonsense", "'nonsense'"))
+            for value, shown in values:
+                yield pytest.param(case, argument, value, shown, id=f"{case}-{argument}-{value}")
 
 
-@pytest.mark.parametrize(("case", "argument", "value"), impossible())
+@pytest.mark.parametrize(("case", "argument", "value", "shown"), impossible())
 def test_an_impossible_argument_is_named_before_the_first_step(
-    case: Case, argument: str, value: Any, tmp_path: Path
+    case: Case, argument: str, value: Any, shown: str, tmp_path: Path
 ) -> None:
-    parts = None
-    with pytest.raises((ValueError, MisconfigurationException)) as caught:
-        parts = case.parts(**{argument: value})
-        case.fit(tmp_path, parts=parts)
-    assert argument in str(caught.value)
-    shown = value if not isinstance(value, (dict, list)) else list(value)[0]
-    assert str(shown) in str(caught.value) or str(next(iter(value.values()))) in str(caught.value)
-    assert parts is None or not parts.module.trainer.global_step
+    tried: list[Parts] = []
+
+    def attempt() -> None:
+        tried.append(case.parts(**{argument: value}))
+        case.fit(tmp_path, parts=tried[0])
+
+    with pytest.raises((ValueError, MisconfigurationException), match=argument) as caught:
+        attempt()
+    assert shown in str(caught.value)
+    assert not any(parts.module.trainer.global_step for parts in tried)
 
 
-@each_method
+@pytest.mark.parametrize("case", [m for m in METHODS if "include" in m.parameters], ids=str)
 def test_two_instances_coexist(case: Case, tmp_path: Path) -> None:
     """... each with its own part of the network, and resume together."""
     parts = case.parts(include=["net.blocks.0.*"])
@@ -240,7 +253,8 @@ def test_two_instances_coexist(case: Case, tmp_path: Path) -> None:
     again.callbacks += case.parts(include=["net.blocks.1.*"]).callbacks
     case.fit(tmp_path, parts=again, ckpt_path=tmp_path / "epoch=1.ckpt")
     foreign.assert_same(again.module, parts.module)
-    assert both["net.blocks.0.conv1"] == both["net.blocks.1.conv1"] < 12
+    if case.card.family == "pruning":
+        assert both["net.blocks.0.conv1"] == both["net.blocks.1.conv1"] < 12
 
 
 # ---- command line
@@ -252,8 +266,9 @@ def test_its_quick_recipe_runs(case: Case, tmp_path: Path, capsys: pytest.Captur
     few = ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--trainer.logger=false"]
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
     main(["fit", "--config", name, *few, *quiet, f"--trainer.default_root_dir={tmp_path}"])
-    assert (tmp_path / "compression.json").exists()
-    assert "before and after" in capsys.readouterr().out
+    if case.compresses:
+        assert (tmp_path / "compression.json").exists()
+        assert "before and after" in capsys.readouterr().out
 
 
 @each_method
@@ -263,6 +278,5 @@ def test_its_config_survives_a_round_trip(case: Case, tmp_path: Path) -> None:
     (tmp_path / "saved.yaml").write_text(first.parser.dump(first.config))
     second = CompressCLI(["--config", str(tmp_path / "saved.yaml")], run=False)
     assert first.parser.dump(first.config) == second.parser.dump(second.config)
-    mine = [[c for c in cli.trainer.callbacks if isinstance(c, case.cls)] for cli in (first, second)]
-    assert len(mine[0]) == 1
-    assert mine[0][0].state_key == mine[1][0].state_key
+    for made in (first, second):
+        assert sum(isinstance(part, case.cls) for part in (made.model, *made.trainer.callbacks)) == 1

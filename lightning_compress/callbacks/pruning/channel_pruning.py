@@ -251,8 +251,8 @@ class ChannelPruning(Callback):
         lowest = share(high)
         if lowest > target:
             raise MisconfigurationException(
-                f"{type(self).__name__}(target_macs={target}) is out of reach: with one channel left in every layer that "
-                f"may be narrowed, {lowest:.3f} of the MACs remain."
+                f"{type(self).__name__}(target_macs={target}) is out of reach: with one channel left in every layer "
+                f"that may be narrowed, {lowest:.3f} of the MACs remain."
             )
         for _ in range(20):
             middle = (low + high) / 2

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lightning_compress.core.surgery.operators import along, tensors_in
+from lightning_compress.core.surgery.rules import along, tensors_in
 
 if TYPE_CHECKING:
-    from lightning_compress.core.surgery.trace import ChannelTrace, Ids
+    from lightning_compress.core.surgery.rules import Ids
+    from lightning_compress.core.surgery.trace import ChannelTrace
 
 ModuleRule = Callable[["ChannelTrace", nn.Module, tuple, Any], None]
 

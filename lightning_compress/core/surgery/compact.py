@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from lightning_compress.core.example_input import inputs_for
 from lightning_compress.core.meta import evaluating
 from lightning_compress.core.surgery.graph import ChannelGraph
-from lightning_compress.core.surgery.operators import tensors_in
 from lightning_compress.core.surgery.plan import ChannelPlan
 from lightning_compress.core.surgery.probe import channel_graph
+from lightning_compress.core.surgery.rules import tensors_in
 from lightning_compress.core.surgery.shrink import apply_cuts, sync_attributes
 
 Norm = nn.modules.batchnorm._BatchNorm

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_compress.core.meta import dry_run
 from lightning_compress.core.select import match
-from lightning_compress.core.surgery.operators import tensors_in
+from lightning_compress.core.surgery.rules import tensors_in
 from lightning_compress.core.surgery.trace import ChannelTrace
 
 
@@ -91,8 +91,8 @@ class ChannelGraph:
             where = seen[-1].where if seen else ""
             raise MisconfigurationException(
                 f"Cannot follow the channels of {type(network).__name__}: its forward pass fails in layer "
-                f"{where or '(the network itself)'!r} with {type(error).__name__}: {error}. Give an `example_input` that "
-                f"the network accepts; it got {_describe(example_input)}."
+                f"{where or '(the network itself)'!r} with {type(error).__name__}: {error}. Give an `example_input` "
+                f"that the network accepts; it got {_describe(example_input)}."
             ) from error
         trace.where = ""
         for tensor in tensors_in(out):

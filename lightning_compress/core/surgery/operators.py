@@ -1,50 +1,20 @@
-"""How channel ids pass through torch's operators: one short rule per kind of operator.
-
-A rule gets the trace, the operator's output, and its arguments; it ties ids that are one channel, freezes those whose
-number the operator fixes, and gives the output its ids.
-"""
+"""Rules of the operators that compute: arithmetic, convolutions, products, norms, reductions, pooling."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_compress.core.surgery.rules import along, rule, tensors_in
+
 if TYPE_CHECKING:
-    from lightning_compress.core.surgery.trace import ChannelTrace, Ids
+    from lightning_compress.core.surgery.rules import Ids
+    from lightning_compress.core.surgery.trace import ChannelTrace
 
 aten = torch.ops.aten
-
-OpRule = Callable[..., None]
-RULES: dict[Any, OpRule] = {}
-
-
-def _rule(*names: str) -> Callable[[OpRule], OpRule]:
-    def register(function: OpRule) -> OpRule:
-        for name in names:
-            if hasattr(aten, name):
-                RULES[getattr(aten, name)] = function
-        return function
-
-    return register
-
-
-def along(ids: Ids, dim: int, ndim: int) -> Ids:
-    return ids.reshape([-1 if d == dim else 1 for d in range(ndim)])
-
-
-def tensors_in(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (list, tuple)):
-        for item in tree:
-            yield from tensors_in(item)
-    elif isinstance(tree, dict):
-        yield from tensors_in(list(tree.values()))
-
 
 # torch works these out on meta tensors in dozens of Python calls, most of the time of a run on them.
 SAME_SHAPE: dict[Any, Callable[[Tensor], Any]] = {
@@ -85,7 +55,7 @@ def pointwise(trace: ChannelTrace, out: Any, *args: Any, **kwargs: Any) -> None:
     trace.put(out, list(kept.values()))
 
 
-@_rule(
+@rule(
     "clone",
     "detach",
     "alias",
@@ -116,12 +86,12 @@ def _same(trace: ChannelTrace, out: Any, x: Tensor, *args: Any, **kwargs: Any) -
             trace.put(tensor, trace.get(x))
 
 
-@_rule("copy_")
+@rule("copy_")
 def _copy(trace: ChannelTrace, out: Tensor, x: Tensor, source: Tensor, *args: Any) -> None:
     pointwise(trace, out, x, source)
 
 
-@_rule(
+@rule(
     "empty",
     "zeros",
     "ones",
@@ -143,7 +113,7 @@ def _fresh(trace: ChannelTrace, out: Any, *args: Any, **kwargs: Any) -> None:
     """A tensor made here tracks nothing."""
 
 
-@_rule("convolution", "_convolution", "convolution_overrideable", "mkldnn_convolution", "cudnn_convolution")
+@rule("convolution", "_convolution", "convolution_overrideable", "mkldnn_convolution", "cudnn_convolution")
 def _convolution(
     trace: ChannelTrace,
     out: Tensor,
@@ -201,7 +171,7 @@ def _grouped(
     return outer
 
 
-@_rule(
+@rule(
     "native_batch_norm",
     "_native_batch_norm_legit",
     "_native_batch_norm_legit_no_training",
@@ -217,7 +187,7 @@ def _batch_norm(trace: ChannelTrace, out: Any, x: Tensor, *args: Any, **kwargs: 
     trace.put(next(iter(tensors_in(out))), trace.get(x))
 
 
-@_rule("native_layer_norm")
+@rule("native_layer_norm")
 def _layer_norm(trace: ChannelTrace, out: Any, x: Tensor, shape: Sequence[int], *args: Any) -> None:
     for back in range(1, len(shape) + 1):
         for tensor in tensors_in(args):
@@ -225,12 +195,12 @@ def _layer_norm(trace: ChannelTrace, out: Any, x: Tensor, shape: Sequence[int], 
     trace.put(out[0], trace.get(x))
 
 
-@_rule("_fused_rms_norm", "rms_norm")
+@rule("_fused_rms_norm", "rms_norm")
 def _rms_norm(trace: ChannelTrace, out: Any, x: Tensor, shape: Sequence[int], *args: Any) -> None:
     _layer_norm(trace, [next(iter(tensors_in(out)))], x, shape, *args)
 
 
-@_rule("native_group_norm")
+@rule("native_group_norm")
 def _group_norm(
     trace: ChannelTrace,
     out: Any,
@@ -253,13 +223,13 @@ def _group_norm(
     trace.put(out[0], trace.get(x))
 
 
-@_rule("mm")
+@rule("mm")
 def _mm(trace: ChannelTrace, out: Tensor, a: Tensor, b: Tensor) -> None:
     trace.tie(trace.axis(a, 1), trace.axis(b, 0))
     trace.put(out, [x for x in trace.get(a) if x.shape[1] == 1] + [x for x in trace.get(b) if x.shape[0] == 1])
 
 
-@_rule("addmm")
+@rule("addmm")
 def _addmm(trace: ChannelTrace, out: Tensor, bias: Tensor, a: Tensor, b: Tensor, **kwargs: Any) -> None:
     _mm(trace, out, a, b)
     ids = trace.axis(out, -1)
@@ -267,7 +237,7 @@ def _addmm(trace: ChannelTrace, out: Tensor, bias: Tensor, a: Tensor, b: Tensor,
         trace.tie(ids, trace.axis(bias, -1))
 
 
-@_rule("linear")
+@rule("linear")
 def _linear(trace: ChannelTrace, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
     trace.tie(trace.axis(x, -1), trace.axis(weight, 1))
     ids = trace.axis(weight, 0)
@@ -280,7 +250,7 @@ def _linear(trace: ChannelTrace, out: Tensor, x: Tensor, weight: Tensor, bias: T
     )
 
 
-@_rule("bmm")
+@rule("bmm")
 def _bmm(trace: ChannelTrace, out: Tensor, a: Tensor, b: Tensor) -> None:
     for array in [x for x in trace.get(a) + trace.get(b) if x.shape[0] > 1]:
         trace.freeze(array, "is a batch of a matrix product")
@@ -289,193 +259,7 @@ def _bmm(trace: ChannelTrace, out: Tensor, a: Tensor, b: Tensor) -> None:
     trace.put(out, free + [x for x in trace.get(b) if x.shape[0] == x.shape[1] == 1])
 
 
-@_rule("cat")
-def _cat(trace: ChannelTrace, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> None:
-    dim %= out.ndim
-    tensors = [t for t in tensors if t.numel()]
-    arrays = []
-    for d in range(out.ndim):
-        parts = [trace.axis(t, d) for t in tensors]
-        if d != dim:
-            for part in parts[1:]:
-                trace.tie(parts[0], part)
-            if parts and parts[0] is not None:
-                arrays.append(along(parts[0], d, out.ndim))
-        elif any(p is not None for p in parts):
-            for i, (part, tensor) in enumerate(zip(parts, tensors)):
-                if part is None:  # a piece that cannot shrink
-                    parts[i] = trace.new(tensor.shape[d])
-                    trace.freeze(parts[i], "is a concatenated piece of fixed size")
-            arrays.append(along(np.concatenate(parts), d, out.ndim))  # type: ignore[arg-type]
-    trace.put(out, arrays)
-
-
-@_rule("stack")
-def _stack(trace: ChannelTrace, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> None:
-    for t in tensors[1:]:
-        for d in range(t.ndim):
-            trace.tie(trace.axis(tensors[0], d), trace.axis(t, d))
-    trace.put(out, [np.expand_dims(a, dim % out.ndim) for a in trace.get(tensors[0])])
-
-
-@_rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk")
-def _split(trace: ChannelTrace, out: Sequence[Tensor], x: Tensor, size: Any, dim: int = 0) -> None:
-    """Equal pieces keep the same positions, so that the cut between them stays right; unequal pieces stay whole."""
-    ids, start, dim = trace.axis(x, dim), 0, dim % x.ndim
-    if ids is not None:
-        if len({t.shape[dim] for t in out}) == 1 and out[0].shape[dim] > 1:
-            pieces = ids.reshape(len(out), -1)
-            trace.tie(pieces, pieces[:1])
-        else:
-            trace.freeze(ids, "is split into pieces of fixed size")
-    for tensor in out:
-        stop = start + tensor.shape[dim]
-        trace.put(tensor, [np.take(a, range(start, stop), dim) if a.shape[dim] > 1 else a for a in trace.get(x)])
-        start = stop
-
-
-@_rule("slice")
-def _slice(
-    trace: ChannelTrace,
-    out: Tensor,
-    x: Tensor,
-    dim: int = 0,
-    start: int | None = None,
-    end: int | None = None,
-    step: int = 1,
-) -> None:
-    dim %= x.ndim
-    arrays = trace.get(x)
-    if out.shape[dim] != x.shape[dim]:
-        for array in arrays:
-            if array.shape[dim] > 1:
-                trace.freeze(array, "is sliced at a fixed position")
-        part = (slice(None),) * dim + (slice(start, end, step),)
-        arrays = [a[part] if a.shape[dim] > 1 else a for a in arrays]
-    trace.put(out, arrays)
-
-
-@_rule("select")
-def _select(trace: ChannelTrace, out: Tensor, x: Tensor, dim: int, index: int) -> None:
-    _unbind(trace, [out], x, dim, [index])
-
-
-@_rule("unbind")
-def _unbind(
-    trace: ChannelTrace, out: Sequence[Tensor], x: Tensor, dim: int = 0, indices: Sequence[int] | None = None
-) -> None:
-    for array in trace.get(x):
-        if array.shape[dim % x.ndim] > 1:
-            trace.freeze(array, "is read one index at a time")
-    for i, tensor in enumerate(out):
-        at = indices[i] if indices else i
-        trace.put(tensor, [np.take(a, at if a.shape[dim] > 1 else 0, dim) for a in trace.get(x)])
-
-
-@_rule("permute")
-def _permute(trace: ChannelTrace, out: Tensor, x: Tensor, dims: Sequence[int]) -> None:
-    trace.put(out, [a.transpose([d % x.ndim for d in dims]) for a in trace.get(x)])
-
-
-@_rule("transpose", "swapaxes")
-def _transpose(trace: ChannelTrace, out: Tensor, x: Tensor, first: int, second: int) -> None:
-    trace.put(out, [a.swapaxes(first, second) for a in trace.get(x)])
-
-
-@_rule("t")
-def _t(trace: ChannelTrace, out: Tensor, x: Tensor) -> None:
-    trace.put(out, [a.T for a in trace.get(x)])
-
-
-@_rule("unsqueeze")
-def _unsqueeze(trace: ChannelTrace, out: Tensor, x: Tensor, dim: int) -> None:
-    trace.put(out, [np.expand_dims(a, dim % out.ndim) for a in trace.get(x)])
-
-
-@_rule("squeeze")
-def _squeeze(trace: ChannelTrace, out: Tensor, x: Tensor, *dim: Any) -> None:
-    trace.put(
-        out,
-        [
-            a.reshape([a.shape[d] for d in range(x.ndim) if x.shape[d] > 1] or [1])
-            if not dim
-            else a.reshape(_dropped(a.shape, x.shape, dim[0]))
-            for a in trace.get(x)
-        ],
-    )
-
-
-def _dropped(shape: Sequence[int], real: Sequence[int], dims: int | Sequence[int]) -> list[int]:
-    gone = {d % len(shape) for d in ([dims] if isinstance(dims, int) else dims)}
-    return [s for d, s in enumerate(shape) if not (d in gone and real[d] == 1)]
-
-
-@_rule("expand")
-def _expand(trace: ChannelTrace, out: Tensor, x: Tensor, size: Sequence[int], **kwargs: Any) -> None:
-    trace.put(out, [a.reshape((1,) * (out.ndim - x.ndim) + a.shape) for a in trace.get(x)])
-
-
-@_rule("repeat")
-def _repeat(trace: ChannelTrace, out: Tensor, x: Tensor, repeats: Sequence[int]) -> None:
-    lead = len(repeats) - x.ndim
-    for array in trace.get(x):
-        if any(array.shape[d] > 1 and repeats[lead + d] > 1 for d in range(x.ndim)):
-            trace.freeze(array, "is repeated")
-    trace.put(out, [a.reshape((1,) * lead + a.shape) for a in trace.get(x) if all(r == 1 for r in repeats[lead:])])
-
-
-@_rule("view", "_unsafe_view", "reshape", "_reshape_alias")
-def _view(trace: ChannelTrace, out: Tensor, x: Tensor, *args: Any) -> None:
-    """Merging dims spreads ids over the merged one (flatten); splitting a tracked dim fixes its size."""
-    arrays = []
-    for array in trace.get(x):
-        spread, shape = list(array.shape), []
-        for old, new in _segments(x.shape, out.shape):
-            wide = [d for d in old if x.shape[d] > 1]
-            if all(array.shape[d] == 1 for d in old):
-                shape += [1] * len(new)
-            elif [x.shape[d] for d in wide] == [out.shape[d] for d in new if out.shape[d] > 1]:
-                sizes = iter([array.shape[d] for d in wide])  # only dims of size 1 come or go
-                shape += [next(sizes) if out.shape[d] > 1 else 1 for d in new]
-            elif sum(out.shape[d] > 1 for d in new) == 1:
-                for d in old:
-                    spread[d] = x.shape[d]
-                shape += [out.shape[d] for d in new]
-            else:
-                trace.freeze(array, "is reshaped into several dimensions")
-                break
-        else:
-            arrays.append(np.broadcast_to(array, spread).reshape(shape))
-    trace.put(out, arrays)
-
-
-def _segments(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
-    """Cut both shapes into the shortest runs of dims with equal products."""
-    i = j = 0
-    while i < len(old) or j < len(new):
-        left, right = [], []
-        a = b = 1
-        if i < len(old):
-            left.append(i)
-            a *= old[i]
-            i += 1
-        if j < len(new):
-            right.append(j)
-            b *= new[j]
-            j += 1
-        while a != b:
-            if a < b:
-                left.append(i)
-                a *= old[i]
-                i += 1
-            else:
-                right.append(j)
-                b *= new[j]
-                j += 1
-        yield left, right
-
-
-@_rule(
+@rule(
     "mean",
     "sum",
     "amax",
@@ -500,7 +284,7 @@ def _reduce(trace: ChannelTrace, out: Any, x: Tensor, *args: Any, **kwargs: Any)
         trace.put(tensor, arrays if tensor.ndim else [])
 
 
-@_rule(
+@rule(
     "max_pool2d_with_indices",
     "max_pool3d_with_indices",
     "avg_pool2d",
@@ -536,7 +320,7 @@ def _spatial(trace: ChannelTrace, out: Any, x: Tensor, *args: Any, **kwargs: Any
         trace.put(tensor, [a for a in trace.get(x) if all(s == 1 or d in untouched for d, s in enumerate(a.shape))])
 
 
-@_rule("constant_pad_nd")
+@rule("constant_pad_nd")
 def _pad(trace: ChannelTrace, out: Tensor, x: Tensor, pad: Sequence[int], value: float = 0.0) -> None:
     padded = {x.ndim - 1 - i // 2 for i, p in enumerate(pad) if p}
     for array in trace.get(x):
@@ -545,7 +329,7 @@ def _pad(trace: ChannelTrace, out: Tensor, x: Tensor, pad: Sequence[int], value:
     trace.put(out, [a for a in trace.get(x) if all(a.shape[d] == 1 for d in padded)])
 
 
-@_rule("roll", "flip")
+@rule("roll", "flip")
 def _roll(trace: ChannelTrace, out: Tensor, x: Tensor, shifts: Any, dims: Any = None) -> None:
     moved = {d % x.ndim for d in (shifts if dims is None else dims)}
     for array in trace.get(x):
@@ -554,7 +338,7 @@ def _roll(trace: ChannelTrace, out: Tensor, x: Tensor, shifts: Any, dims: Any = 
     trace.put(out, [a for a in trace.get(x) if all(a.shape[d] == 1 for d in moved)])
 
 
-@_rule("embedding")
+@rule("embedding")
 def _embedding(trace: ChannelTrace, out: Tensor, weight: Tensor, index: Tensor, *args: Any) -> None:
     trace.freeze(trace.axis(weight, 0), "is a vocabulary")
     ids = trace.axis(weight, 1)

@@ -87,7 +87,8 @@ class ChannelPlan:
         units, kept = graph.layers[name], self.kept[name].numpy()
         if not kept.size or kept.min() < 0 or kept.max() >= len(units):
             raise ValueError(
-                f"The plan keeps channels {kept.tolist()[:8]} of {name!r}; allowed are 0 to {len(units) - 1}, at least one."
+                f"The plan keeps channels {kept.tolist()[:8]} of {name!r}; allowed are 0 to {len(units) - 1}, "
+                f"at least one."
             )
         gone = np.delete(units, kept)
         if (gone < 0).any():

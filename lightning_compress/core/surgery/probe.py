@@ -43,8 +43,8 @@ def check_cuts(network: nn.Module, cuts: Sequence[Cut], example_input: Any) -> N
     if failure is not None:
         where, error = failure
         raise MisconfigurationException(
-            f"The narrowed {type(network).__name__} would fail in layer {where!r}: {error}. Its width is fixed in code; "
-            f"leave the layers around it out with `exclude`."
+            f"The narrowed {type(network).__name__} would fail in layer {where!r}: {error}. Its width is fixed in "
+            f"code; leave the layers around it out with `exclude`."
         ) from error
 
 

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_compress.core.surgery import shapes  # noqa: F401  registers its rules
 from lightning_compress.core.surgery.attention import ModuleRule, module_rule
-from lightning_compress.core.surgery.operators import RULES, along, pointwise, run_fast, tensors_in
+from lightning_compress.core.surgery.operators import pointwise, run_fast
+from lightning_compress.core.surgery.rules import RULES, Ids, along, tensors_in
 
-Ids = np.ndarray  # int64; as many dims as its tensor, of size 1 along every dim that it says nothing about
 PRODUCERS = (nn.modules.conv._ConvNd, nn.Linear)
 
 

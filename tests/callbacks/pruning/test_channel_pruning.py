@@ -289,7 +289,7 @@ class Broken(nn.Module):
 
 @pytest.mark.parametrize("start_epoch", [0, 1])
 def test_a_network_that_cannot_be_followed_names_the_layer(start_epoch: int, tmp_path: Path) -> None:
-    refused(tmp_path, L1Norm(start_epoch=start_epoch), r"forward failed .* in layer 'net\.wrong\.0'", made(Broken()))
+    refused(tmp_path, L1Norm(start_epoch=start_epoch), r"forward failed .* in layer 'net\.wrong\.0'", made(Broken))
 
 
 def test_a_dense_checkpoint_cannot_be_resumed_by_a_run_that_prunes_first(tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_a_truncated_checkpoint(tmp_path: Path) -> None:
 
 def test_averages_of_the_weights(tmp_path: Path) -> None:
     average = StochasticWeightAveraging(1e-2, swa_epoch_start=1)
-    with pytest.raises(MisconfigurationException, match="L1Norm .* where the average of StochasticWeightAveraging"):
+    with pytest.raises(MisconfigurationException, match=r"L1Norm .* where the average of StochasticWeightAveraging"):
         fit(made(), tmp_path, L1Norm(start_epoch=1), average)
     with pytest.raises(MisconfigurationException, match="List L1Norm before StochasticWeightAveraging"):
         fit(made(), tmp_path, average, L1Norm())
@@ -331,12 +331,10 @@ def test_averages_of_the_weights(tmp_path: Path) -> None:
 
 def test_other_strategies() -> None:
     trainer = SimpleNamespace(strategy=object(), callbacks=[])
-    with pytest.raises(MisconfigurationException, match="L1Norm .* one device and with DDP, not with object"):
+    with pytest.raises(MisconfigurationException, match=r"L1Norm .* one device and with DDP, not with object"):
         check_trainer(trainer, "L1Norm", in_fit=False)
 
 
 def test_a_network_without_pairs_has_nothing_to_sketch(tmp_path: Path) -> None:
-    plain = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 10))
-    refused(
-        tmp_path, FilterSketch(), "FilterSketch finds no layer of Foreign that a single other layer reads", made(plain)
-    )
+    plain = made(lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 10)))
+    refused(tmp_path, FilterSketch(), "FilterSketch finds no layer of Foreign that a single other layer reads", plain)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from foreign import Foreign, assert_same, digits, fit, made, make_trainer, no_pictures, widths
+from foreign import Foreign, assert_same, digits, fit, made, make_trainer, widths
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import densenet121, mobilenet_v2, resnet18
 
-from lightning_compress import parse_ratio
 from lightning_compress.callbacks import HRank, L1Norm
 from lightning_compress.callbacks.pruning.hrank import FeatureRanks, feature_map_rank, select_channels
 from lightning_compress.callbacks.pruning.hrank.published import rank_taps
@@ -30,7 +30,7 @@ FEW = {"num_batches": 2, "rank_batch_size": 16}  # images: the first 32 digits
 
 
 def residual() -> Foreign:
-    return made(resnet20(in_channels=1))
+    return made(partial(resnet20, in_channels=1))
 
 
 def images() -> Tensor:
@@ -293,11 +293,12 @@ def test_a_stage_hands_on_its_best_weights_and_a_fresh_optimiser(tmp_path: Path)
 
 def test_resumed_in_the_middle_of_a_stage_and_of_an_epoch(tmp_path: Path) -> None:
     module = Scripted([0.9, 0.1, 0.2, 0.8, 0.7, 0.3])
-    every = ModelCheckpoint(tmp_path, "{epoch}-{step}", every_n_train_steps=2, save_top_k=-1)
-    fit(module, tmp_path, sequential(), every, max_epochs=6)
-    for epoch, step in ((0, 4), (2, 12), (4, 20)):
+    ends = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    steps = ModelCheckpoint(tmp_path, "{epoch}-{step}", every_n_train_steps=2, save_top_k=-1)
+    fit(module, tmp_path, sequential(), ends, steps, max_epochs=6)
+    for name in ("epoch=0", "epoch=2", "epoch=4"):
         fresh = Scripted(module.scores)
-        fit(fresh, tmp_path, sequential(), ckpt_path=tmp_path / f"epoch={epoch}-step={step}.ckpt", max_epochs=6)
+        fit(fresh, tmp_path, sequential(), ckpt_path=tmp_path / f"{name}.ckpt", max_epochs=6)
         assert_same(fresh, module)
     callback = sequential()
 
@@ -320,7 +321,7 @@ def test_the_first_layout_of_lists_and_its_length(tmp_path: Path) -> None:
         n: int((~m.weight.flatten(1).any(1)).sum()) for n, m in module.net.named_modules() if isinstance(m, nn.Conv2d)
     }
     assert (zeros["conv1"], zeros["layer1.0.conv1"], zeros["layer1.0.conv2"], zeros["layer3.2.conv2"]) == (0, 8, 4, 16)
-    with pytest.raises(ValueError, match="pruning_ratio has 12 numbers, but the 'original' layout .* has 19"):
+    with pytest.raises(ValueError, match=r"pruning_ratio has 12 numbers, but the 'original' layout .* has 19"):
         fit(residual(), tmp_path, sequential([0.5] * 12), max_epochs=6)
 
 
@@ -376,31 +377,32 @@ def test_impossible_arguments(arguments: dict[str, Any], message: str) -> None:
 # ---- images
 
 
-def test_shards_of_images_add_up_to_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("batch_size", [8, 32], ids=["images_for_both", "images_for_one"])
+def test_shards_of_images_add_up_to_all_of_them(
+    batch_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What two processes would measure: each its own images, together what one process measures."""
-    whole, shards = HRank(0.5, num_batches=4, rank_batch_size=8), []
-    fit(made(), tmp_path, whole, max_epochs=1)
-    assert whole.ranks is not None
+    shards = []
     monkeypatch.setattr(Trainer, "world_size", 2)
     for rank in (0, 1):
         monkeypatch.setattr(Trainer, "global_rank", rank)
-        trainer, module = make_trainer(tmp_path), made()
+        trainer, module, callback = make_trainer(tmp_path), made(), HRank(num_batches=4, rank_batch_size=8)
         trainer.strategy.connect(module)
-        trainer.fit_loop._data_source.instance = digits(32, batch_size=8)
-        trainer.strategy.broadcast = lambda value, src=0: value
-        callback = HRank(0.5, num_batches=4, rank_batch_size=8)
-        with no_pictures:
-            graph = callback.trace(trainer, module)
-            callback.scores(trainer, module, graph)
+        trainer.fit_loop._data_source.instance = digits(32, batch_size=batch_size)
+        callback.scores(trainer, module, callback.trace(trainer, module))
         shards.append(callback.ranks)
     total = FeatureRanks()
-    for shard in shards:
+    for shard, images_ in zip(shards, (16, 16) if batch_size == 8 else (16, 0), strict=True):
         assert shard is not None
-        assert set(shard.counts.values()) == {torch.tensor(16)}
+        assert all(count == images_ for count in shard.counts.values())
         total.merge(shard)
-    for layer, count in whole.ranks.counts.items():
-        assert count == 32
-        assert torch.equal(total.sums[layer], whole.ranks.sums[layer])
+    monkeypatch.undo()
+    whole, module = HRank(num_batches=4, rank_batch_size=8), made()
+    fit(module, tmp_path, whole, max_epochs=1, limit_train_batches=0)
+    if batch_size == 8:
+        assert whole.ranks is not None
+        for layer in whole.ranks.counts:
+            assert torch.equal(total.sums[layer], whole.ranks.sums[layer])
 
 
 # ---- taps: maps against hooks that a person would write
@@ -414,8 +416,8 @@ def same(x: Tensor) -> Tensor:
     return x
 
 
-def last(width: int) -> Any:
-    return lambda x: x[:, -width:]
+def added(x: Tensor) -> Tensor:
+    return x[:, -32:].relu()
 
 
 def resnet18_taps(network: nn.Module) -> dict[str, Any]:
@@ -425,9 +427,8 @@ def resnet18_taps(network: nn.Module) -> dict[str, Any]:
         for block in (0, 1):
             name = f"layer{stage}.{block}"
             taps |= {f"{name}.conv1": (f"{name}.bn1", relu), f"{name}.conv2": (name, same)}
-            if hasattr(network.get_submodule(name)[0] if False else network.get_submodule(name), "downsample"):
-                if network.get_submodule(name).downsample is not None:
-                    taps[f"{name}.downsample.0"] = (name, same)
+        if stage > 1:
+            taps[f"layer{stage}.0.downsample.0"] = (f"layer{stage}.0", same)
     return taps
 
 
@@ -446,19 +447,14 @@ def densenet_taps(network: nn.Module) -> dict[str, Any]:
     """The ReLU in front of the first layer that reads the concatenation; of it, the channels that were added last."""
     taps: dict[str, Any] = {"features.conv0": ("features.relu0", same)}
     for b, layers in enumerate((6, 12, 24, 16), 1):
-        for i in range(1, layers + 1):
-            name = f"features.denseblock{b}.denselayer{i}"
-            taps[f"{name}.conv1"] = (f"{name}.relu2", same)
-            follower = (
-                f"features.denseblock{b}.denselayer{i + 1}.relu1" if i < layers else f"features.transition{b}.relu"
-            )
-            taps[f"{name}.conv2"] = (
-                (follower, last(32)) if i < layers or b < 4 else ("features.norm5", lambda x: F.relu(x[:, -32:]))
-            )
+        block, transition = f"features.denseblock{b}", f"features.transition{b}"
+        readers = [f"{block}.denselayer{i}.relu1" for i in range(2, layers + 1)]
+        readers += [f"{transition}.relu" if b < 4 else "features.norm5"]
+        for i, reader in enumerate(readers, 1):
+            taps[f"{block}.denselayer{i}.conv1"] = (f"{block}.denselayer{i}.relu2", same)
+            taps[f"{block}.denselayer{i}.conv2"] = (reader, added)
         if b < 4:
-            width = network.get_submodule(f"features.transition{b}.conv").out_channels
-            reader = f"features.denseblock{b + 1}.denselayer1.relu1"
-            taps[f"features.transition{b}.conv"] = (reader, last(width))
+            taps[f"{transition}.conv"] = (f"{transition}.conv", same)  # pooled before anything else
     return taps
 
 
@@ -499,4 +495,3 @@ def test_maps_of_a_functional_network(tmp_path: Path) -> None:
     for name, maps in (("stem", stem), ("blocks.0.conv1", inner), ("blocks.0.conv2", outer)):
         expected = feature_map_rank(maps).double().mean(0)
         assert torch.equal(callback.ranks.mean(f"net.{name}"), expected), name
-    assert parse_ratio("[0.5]*2") == [0.5, 0.5]

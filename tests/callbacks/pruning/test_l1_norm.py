@@ -58,7 +58,7 @@ class Deconvolution(nn.Module):
 
 
 def test_a_transposed_convolution_is_scored_by_its_outputs(tmp_path: Path) -> None:
-    module: Foreign = made(Deconvolution())
+    module: Foreign = made(Deconvolution)
     with torch.no_grad():
         module.net.up.weight[:, 2] *= 100
     fit(module, tmp_path, L1Norm(0.75), max_epochs=1)

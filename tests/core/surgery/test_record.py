@@ -212,11 +212,11 @@ def test_load_takes_a_dense_checkpoint_too(tmp_path: Path) -> None:
 
 
 def test_files_that_are_no_checkpoints(saved: tuple[Residual, Path], tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="There is no checkpoint at '.*none.ckpt'"):
+    with pytest.raises(FileNotFoundError, match=r"There is no checkpoint at '.*none.ckpt'"):
         read_checkpoint(tmp_path / "none.ckpt")
     half = tmp_path / "half.ckpt"
     half.write_bytes(saved[1].read_bytes()[: saved[1].stat().st_size // 2])
-    with pytest.raises(MisconfigurationException, match="half.ckpt' cannot be read as a checkpoint.*cut short"):
+    with pytest.raises(MisconfigurationException, match=r"half.ckpt' cannot be read as a checkpoint.*cut short"):
         lightning_compress.load(Residual, half)
     torch.save({"weights": 1}, tmp_path / "other.pt")
     with pytest.raises(MisconfigurationException, match="is no Lightning checkpoint: it has no 'state_dict'"):

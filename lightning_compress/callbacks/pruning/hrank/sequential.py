@@ -64,12 +64,13 @@ class Stages:
         Raises:
             MisconfigurationException: it does not.
         """
-        needed = self.epochs * len(self.train_after or ())
+        stages = len(self.train_after or ())
+        needed = self.epochs * stages
         if max_epochs is not None and 0 <= max_epochs < needed:
             raise MisconfigurationException(
-                f"HRank(mode='sequential') needs {needed} epochs: {self.epochs} for each of {len(self.train_after or ())} "
-                f"stages, but the Trainer stops after max_epochs={max_epochs}. Raise it, lower epochs_per_layer, or train "
-                f"after fewer layers with stage_layers."
+                f"HRank(mode='sequential') needs {needed} epochs: {self.epochs} for each of {stages} stages, but "
+                f"the Trainer stops after max_epochs={max_epochs}. Raise it, lower epochs_per_layer, or train after "
+                f"fewer layers with stage_layers."
             )
 
     # ---- during the fit
@@ -116,9 +117,9 @@ class Stages:
         """
         metrics = trainer.callback_metrics
         if self.monitor not in metrics:
+            hint = did_you_mean(self.monitor, metrics)
             raise MisconfigurationException(
-                f"HRank(monitor={self.monitor!r}): the module logs no such metric.{did_you_mean(self.monitor, metrics)} "
-                f"It logs {sorted(metrics)}."
+                f"HRank(monitor={self.monitor!r}): the module logs no such metric.{hint} It logs {sorted(metrics)}."
             )
         value = trainer.strategy.broadcast(float(metrics[self.monitor]))
         if self.best is None or value > self.best:
