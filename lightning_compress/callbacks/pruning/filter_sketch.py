@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -227,7 +227,7 @@ class FilterSketch(ChannelPruning):
     Args:
         pruning_ratio: share of the filters that the sketch saves: a number, a dict by glob, or a list with one number
             per residual or inception block (the authors state what stays: sketch_rate = 1 - pruning_ratio).
-        start_conv: number (from 1) of the block that a list begins with; earlier blocks stay whole.
+        start_conv: number (from 1) of the first block that is narrowed, where a list begins.
         weight_norm_method: ``"l2"`` divides each sketched tensor by its Frobenius norm, as the authors' commands do.
         channel_layout: ``"flat"`` is the authors' code, ``"permute"`` what the mathematics means; see `sketch_conv`.
         bn: ``"reset"`` starts the norm behind a layer that lost filters afresh, and clears the biases of sketched
@@ -235,7 +235,7 @@ class FilterSketch(ChannelPruning):
         recalibrate_bn: training batches to run after the cut to bring batch-norm statistics in line with the new
             weights; 0 as in the authors' code, where the first hundred training steps do it.
 
-    The other arguments are those of :class:`~lightning_compress.callbacks.pruning.channel_pruning.ChannelPruning`.
+    `shared` are the arguments of :class:`~lightning_compress.callbacks.pruning.channel_pruning.ChannelPruning`.
     Layers inside blocks are narrowed, so that what blocks exchange keeps its width; in networks without blocks, every
     layer that only one other reads.
 
@@ -259,17 +259,9 @@ class FilterSketch(ChannelPruning):
         channel_layout: Literal["flat", "permute"] = "flat",
         bn: Literal["reset", "copy_slice"] = "reset",
         recalibrate_bn: int = 0,
-        target_macs: float | None = None,
-        include: Sequence[str] = ("*",),
-        exclude: Sequence[str] = (),
-        round_to: int = 1,
-        start_epoch: int = 0,
-        seed: int = 0,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            pruning_ratio, target_macs=target_macs, include=include, exclude=exclude, round_to=round_to,
-            start_epoch=start_epoch, seed=seed,
-        )  # fmt: skip
+        super().__init__(pruning_ratio, **shared)
         if weight_norm_method not in ("l2", None):
             raise ValueError(f"FilterSketch(weight_norm_method={weight_norm_method!r}): give 'l2' or None.")
         if channel_layout not in ("flat", "permute"):
@@ -292,8 +284,9 @@ class FilterSketch(ChannelPruning):
 
     def prunable(self, pl_module: LightningModule, graph: ChannelGraph) -> list[str]:
         inner = chains(graph)
-        blocks = {name for block in block_layers(pl_module) for name in block}
-        found = [name for name in graph.layers if name in inner and (not blocks or name in blocks)]
+        blocks = block_layers(pl_module)
+        chosen = {name for block in blocks[self.start_conv - 1 :] for name in block}
+        found = [name for name in graph.layers if name in inner and (name in chosen or not blocks)]
         if not found:
             raise MisconfigurationException(
                 f"FilterSketch finds no layer of {type(pl_module).__name__} that a single other layer reads. Channels "

@@ -27,7 +27,7 @@ def _cat(trace: ChannelTrace, out: Tensor, tensors: Sequence[Tensor], dim: int =
             if parts and parts[0] is not None:
                 arrays.append(along(parts[0], d, out.ndim))
         elif any(p is not None for p in parts):
-            for i, (part, tensor) in enumerate(zip(parts, tensors)):
+            for i, (part, tensor) in enumerate(zip(parts, tensors, strict=True)):
                 if part is None:  # a piece that cannot shrink
                     parts[i] = trace.new(tensor.shape[d])
                     trace.freeze(parts[i], "is a concatenated piece of fixed size")

@@ -390,7 +390,7 @@ def test_biases_of_sketched_layers_start_at_zero(tmp_path):
     convs = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3))
     network = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 10))
     start = Start()
-    fit(made(network), tmp_path, FilterSketch({"net.0": 0.5}), start, max_epochs=1)
+    fit(made(lambda: network), tmp_path, FilterSketch({"net.0": 0.5}), start, max_epochs=1)
     assert start.state["net.0.bias"].tolist() == [0.0] * 4
     assert start.state["net.3.bias"].tolist() == [0.0] * 6
     assert start.state["net.6.bias"].abs().min() > 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,7 +65,7 @@ class HRank(ChannelPruning):
         reset_bn: start all batch norms afresh, as HRankPlus does, instead of keeping the remaining entries.
         monitor: metric that decides which weights of a stage are passed to the next, the higher the better.
 
-    The other arguments are those of :class:`~lightning_compress.callbacks.pruning.channel_pruning.ChannelPruning`.
+    `shared` are the arguments of :class:`~lightning_compress.callbacks.pruning.channel_pruning.ChannelPruning`.
     ``sequential`` ends with zeros in place of filters; what is exported and counted has them removed.
 
     With several processes each ranks its own share of the images; sums and counts are added up before dividing.
@@ -95,17 +95,9 @@ class HRank(ChannelPruning):
         align_residual: bool = True,
         reset_bn: bool = False,
         monitor: str = "val/acc",
-        target_macs: float | None = None,
-        include: Sequence[str] = ("*",),
-        exclude: Sequence[str] = (),
-        round_to: int = 1,
-        start_epoch: int = 0,
-        seed: int = 0,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            pruning_ratio, target_macs=target_macs, include=include, exclude=exclude, round_to=round_to,
-            start_epoch=start_epoch, seed=seed,
-        )  # fmt: skip
+        super().__init__(pruning_ratio, **shared)
         if mode not in ("one_shot", "sequential"):
             raise ValueError(f"HRank(mode={mode!r}): give 'one_shot' or 'sequential'.")
         if rounding not in ("keep", "prune", None):
@@ -116,7 +108,7 @@ class HRank(ChannelPruning):
                 raise ValueError(f"HRank({argument}={value}): give a whole number of at least 1.")
         if rank_file is not None and not Path(rank_file).exists():
             raise ValueError(f"HRank(rank_file={rank_file!r}): there is no such file or folder.")
-        if mode == "sequential" and (start_epoch or target_macs is not None or round_to > 1):
+        if mode == "sequential" and (self.start_epoch or self.target_macs is not None or self.round_to > 1):
             raise ValueError("HRank(mode='sequential') takes no start_epoch, target_macs or round_to.")
         self.mode = mode
         self.num_batches = num_batches
@@ -278,8 +270,8 @@ def collect_ranks(
             pl_module(images)
     if trainer.world_size > 1:
         for layer in layers:
-            width = pl_module.get_submodule(layer).out_channels
-            ranks.update(layer, torch.zeros(0, width))  # type: ignore[arg-type]  # a process may have got no image
+            width = len(pl_module.get_submodule(layer).weight)  # type: ignore[arg-type]
+            ranks.update(layer, torch.zeros(0, width))  # a process may have got no image
             for part in (ranks.sums, ranks.counts):
                 here = part[layer].to(trainer.strategy.root_device)
                 part[layer] = trainer.strategy.reduce(here, reduce_op="sum").cpu()
