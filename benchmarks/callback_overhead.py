@@ -49,13 +49,18 @@ def claims() -> Iterator[Claim]:
         with_callback = without = float("inf")
         for _ in range(PAIRS):
             without = min(without, fit(copy.deepcopy(module), 1, STEPS, folder))
-            with_callback = min(with_callback, fit(copy.deepcopy(module), 1, STEPS, folder, L1Norm(0.5)))
+            last = copy.deepcopy(module)
+            with_callback = min(with_callback, fit(last, 1, STEPS, folder, L1Norm(0.5)))
+            assert [p.shape for p in last.parameters()] == [p.shape for p in module.parameters()]
         full = fit(copy.deepcopy(module), FULL_BATCH, STEPS // 2, folder)
     cost = with_callback - without
     yield Claim(
-        "training step with L1Norm / without", 1 + cost / full, 1.01, at_most=True,
+        "training step with L1Norm / without",
+        1 + cost / full,
+        1.01,
+        at_most=True,
         detail=f"{1e6 * cost:+.0f} us on a step of {milliseconds(full)}",
-    )  # fmt: skip
+    )
 
 
 def fit(module: ImageClassifier, batch: int, steps: int, folder: str, *callbacks: Callback) -> float:
@@ -63,9 +68,15 @@ def fit(module: ImageClassifier, batch: int, steps: int, folder: str, *callbacks
     data = TensorDataset(torch.randn(batch * steps, 1, 32, 32), torch.randint(10, (batch * steps,)))
     clock = Clock()
     trainer = Trainer(
-        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=folder, callbacks=[clock, *callbacks],
-    )  # fmt: skip
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=[clock, *callbacks],
+    )
     trainer.fit(module, DataLoader(data, batch))
     return min((b - a for a, b in pairwise(clock.ends)), default=float("inf"))
 

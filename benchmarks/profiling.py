@@ -9,6 +9,7 @@ linear layers and attention: ResNet-50 4.089 G, ViT-B/16 17.56 G.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch_pruning as tp
@@ -41,12 +42,15 @@ def measure(name: str, macs: int) -> Iterator[Claim]:
         return tp.utils.count_ops_and_params(network, image)[0]
 
     assert profile(network, image).macs == macs
-    ours, *others = best_times(REPEATS, lambda: profile(network, image), flop_counter, torch_pruning)
-    for peer, count, theirs in zip(("FlopCounterMode", "torch-pruning"), (flop_counter, torch_pruning), others):
+    ours, *theirs = best_times(REPEATS, partial(profile, network, image), flop_counter, torch_pruning)
+    peers = ("FlopCounterMode", flop_counter), ("torch-pruning", torch_pruning)
+    for (peer, count), seconds in zip(peers, theirs, strict=True):
         yield Claim(
-            f"{name}: {peer}'s time / profile's", theirs / ours, 1,
-            detail=f"{milliseconds(ours, theirs)}; it counts {count() / 1e9:.2f} G, profile {macs / 1e9:.2f} G",
-        )  # fmt: skip
+            f"{name}: {peer}'s time / profile's",
+            seconds / ours,
+            1,
+            detail=f"{milliseconds(ours, seconds)}; it counts {count() / 1e9:.2f} G, profile {macs / 1e9:.2f} G",
+        )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 
 from _alternate import Claim, best_times, machine, milliseconds, report
 
@@ -29,21 +30,25 @@ def claims() -> Iterator[Claim]:
     commands = (IMPORT, BARE, lc("methods"), lc("configs"), lc("fit", "--help"))
     for command in commands:  # compile bytecode, fill the disk's cache
         run(command)
-    imported, bare, methods, configs, fit = best_times(
-        REPEATS, *(lambda command=command: run(command) for command in commands)
-    )
+    imported, bare, methods, configs, fit = best_times(REPEATS, *(partial(run, command) for command in commands))
     for name, seconds in (("methods", methods), ("configs", configs)):
         yield Claim(
-            f"`lc {name}` / `import lightning.pytorch`", seconds / imported, 0.2, at_most=True,
+            f"`lc {name}` / `import lightning.pytorch`",
+            seconds / imported,
+            0.2,
+            at_most=True,
             detail=milliseconds(seconds, imported),
-        )  # fmt: skip
+        )
     yield Claim(
         "`lc fit --help` / a bare LightningCLI's", fit / bare, 1.3, at_most=True, detail=milliseconds(fit, bare)
     )
     yield Claim(
-        "`lc fit --help` / `import lightning.pytorch`", fit / imported, 1.3, at_most=True,
+        "`lc fit --help` / `import lightning.pytorch`",
+        fit / imported,
+        1.3,
+        at_most=True,
         detail=milliseconds(fit, imported),
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

@@ -188,13 +188,11 @@ class ChannelPruning(Callback):
         return graph
 
     def prune(self, trainer: Trainer, pl_module: LightningModule) -> ChannelPlan:
-        """Score, decide on rank 0, shrink everywhere."""
+        """Score, decide as rank 0 does, shrink."""
         graph = self.trace(trainer, pl_module)
         scores = self.scores(trainer, pl_module, graph)
-        plan, values = None, None
-        if trainer.is_global_zero:
-            plan = self._decide(trainer, pl_module, graph, scores)
-            values = self.new_values(pl_module, graph, plan)
+        plan = self._decide(trainer, pl_module, graph, scores)  # everywhere, so that what is impossible ends all ranks
+        values = self.new_values(pl_module, graph, plan) if trainer.is_global_zero else {}
         plan, values = trainer.strategy.broadcast((plan, values))
         cuts = plan.cuts(graph)
         check_cuts(pl_module, cuts, find_example_input(trainer, pl_module))

@@ -307,7 +307,8 @@ class FilterSketch(ChannelPruning):
     def new_values(self, pl_module: LightningModule, graph: ChannelGraph, plan: ChannelPlan) -> dict[str, Tensor]:
         consumers = chains(graph)
         layers = {*plan.kept, *(consumers[name] for name in plan.kept)}
-        weights = {name: pl_module.get_submodule(name).weight.detach().cpu() for name in layers}
+        parameters = dict(pl_module.named_parameters())
+        weights = {name: parameters[f"{name}.weight"].detach().cpu() for name in layers}
         widths = {name: len(kept) for name, kept in plan.kept.items()}
         sketched = sketch_weights(weights, consumers, widths, self.channel_layout, self.weight_norm_method)
         values = {f"{name}.weight": value for name, value in sketched.items()}

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 ModuleRule = Callable[["ChannelTrace", nn.Module, tuple, Any], None]
 
 
-def module_rule(module: nn.Module) -> ModuleRule | None:
+def module_rule(module: Any) -> ModuleRule | None:
     """The rule of a module: its own `trace_channels(trace, args, out)`, or one for a known attention class."""
     if hasattr(module, "trace_channels"):
-        return lambda trace, m, args, out: m.trace_channels(trace, args, out)
+        return _own_rule
     if isinstance(module, nn.MultiheadAttention):
         return _opaque_attention
     if is_prunable_attention(module):
@@ -30,7 +30,11 @@ def module_rule(module: nn.Module) -> ModuleRule | None:
     return None
 
 
-def is_prunable_attention(module: nn.Module) -> bool:
+def _own_rule(trace: ChannelTrace, module: Any, args: tuple, out: Any) -> None:
+    module.trace_channels(trace, args, out)
+
+
+def is_prunable_attention(module: Any) -> bool:
     """timm's ViT attention: `qkv` and `proj` linear, (3, heads, head_dim) rows, and `attn_dim` that frees the width
     inside from the width outside."""
     return (
@@ -43,7 +47,7 @@ def is_prunable_attention(module: nn.Module) -> bool:
     )
 
 
-def _attention(trace: ChannelTrace, module: nn.Module, args: tuple, out: Tensor) -> None:
+def _attention(trace: ChannelTrace, module: Any, args: tuple, out: Tensor) -> None:
     """Heads are cut whole: the q, k and v rows of a head and its columns of the projection are one channel."""
     shape = (3, module.num_heads, module.head_dim)
     qkv, proj = (_names(trace, m) for m in (module.qkv, module.proj))
@@ -65,7 +69,7 @@ def _attention(trace: ChannelTrace, module: nn.Module, args: tuple, out: Tensor)
     trace.put(out, [along(proj["weight", 0], out.ndim - 1, out.ndim)])
 
 
-def _opaque_attention(trace: ChannelTrace, module: nn.Module, args: tuple, out: Any) -> None:
+def _opaque_attention(trace: ChannelTrace, module: Any, args: tuple, out: Any) -> None:
     """torch's own attention insists on heads * head_dim = width: all of it stays."""
     for tensor in [*tensors_in(args), *module.parameters()]:
         trace.freeze_tensor(tensor, "torch's MultiheadAttention cannot be narrowed")
@@ -74,7 +78,7 @@ def _opaque_attention(trace: ChannelTrace, module: nn.Module, args: tuple, out: 
     trace.put(first, [] if ids is None else [along(ids, first.ndim - 1, first.ndim)])
 
 
-def _names(trace: ChannelTrace, linear: nn.Module) -> dict[tuple[str, int], Ids]:
+def _names(trace: ChannelTrace, linear: nn.Linear) -> dict[tuple[str, int], Ids]:
     found = {}
     for name, tensor in (("weight", linear.weight), ("bias", linear.bias)):
         for dim in range(tensor.ndim if tensor is not None else 0):

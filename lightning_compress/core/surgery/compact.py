@@ -26,6 +26,8 @@ class ScatterChannels(nn.Module):
     What a residual sum needs when its summands keep different channels.
     """
 
+    source: Tensor
+
     def __init__(self, index: Tensor, channels: int) -> None:
         super().__init__()
         source = torch.full((channels,), len(index), dtype=torch.int64)
@@ -92,7 +94,7 @@ def norms_reading(network: nn.Module, graph: ChannelGraph, layer: str) -> dict[s
     return found
 
 
-def _zero_rows(layer: nn.Module) -> Tensor:
+def _zero_rows(layer: nn.Conv2d | nn.Linear) -> Tensor:
     weight, bias = layer.weight.detach(), layer.bias
     zero = (weight == 0).flatten(1).all(1)
     return (zero if bias is None else zero & (bias.detach() == 0)).cpu()
@@ -101,8 +103,8 @@ def _zero_rows(layer: nn.Module) -> Tensor:
 def _norm_is_zero(network: nn.Module, graph: ChannelGraph, layer: str) -> Tensor:
     zero = torch.ones(graph.width(layer), dtype=torch.bool)
     for name, at in norms_reading(network, graph, layer).items():
-        norm = network.get_submodule(name)
-        zero &= ((norm.weight == 0) & (norm.bias == 0)).detach().cpu()[at]  # type: ignore[operator]
+        norm: Any = network.get_submodule(name)
+        zero &= ((norm.weight == 0) & (norm.bias == 0)).detach().cpu()[at]
     return zero
 
 
@@ -134,7 +136,8 @@ def _narrow_alone(network: nn.Module, layer: str, norm: str | None, kept: Tensor
     width = len(network.get_submodule(layer).weight)  # type: ignore[arg-type]
     for name in filter(None, (layer, norm)):
         module = network.get_submodule(name)
-        for registry in (module._parameters, module._buffers):
+        registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for registry in registries:
             for key, tensor in registry.items():
                 if tensor is not None and tensor.ndim and len(tensor) == width:
                     value = tensor.detach()[kept]

@@ -112,8 +112,8 @@ class ChannelGraph:
         matrix = coo_matrix((np.ones(len(left), bool), (left, right)), (trace.count, trace.count))
         _, unit = connected_components(matrix, directed=False)
         reason: dict[int, str] = {}
-        for ids, why in trace.frozen:
-            for u in np.unique(unit[ids]):
+        for frozen_ids, why in trace.frozen:
+            for u in np.unique(unit[frozen_ids]):
                 reason.setdefault(int(u), why)
         layers, left_alone = {}, {}
         for name, ids in widths.items():
@@ -122,10 +122,10 @@ class ChannelGraph:
                     "has a single channel, shares its weight with an earlier layer, or computes it in an unknown way"
                 )
                 continue
-            why = [reason[u] for u in unit[ids] if u in reason]
-            if why:
-                left_alone[name] = why[0]
-            if len(why) < len(ids):
+            reasons = [reason[u] for u in unit[ids] if u in reason]
+            if reasons:
+                left_alone[name] = reasons[0]
+            if len(reasons) < len(ids):
                 layers[name] = unit[ids]
         axes = {axis: unit[ids] for axis, ids in trace.axes.items()}
         frozen = np.fromiter(reason, int, len(reason))

@@ -141,7 +141,7 @@ def load(cls: type[Module], path: str | Path, **init: Any) -> Module:
     weights = checkpoint["state_dict"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the keys that an empty state dict lacks
-        module = _load_state(cls, {**checkpoint, "state_dict": {}}, strict=False, **init)
+        module: Any = _load_state(cls, {**checkpoint, "state_dict": {}}, strict=False, **init)
     attach_record(module)
     try:
         module.load_state_dict(weights)

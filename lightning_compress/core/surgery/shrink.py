@@ -82,7 +82,8 @@ def _like(old: Tensor, value: Tensor) -> Tensor:
 def _replace(module: nn.Module, new: dict[int, Tensor]) -> None:
     """Swap tensors wherever they are registered (tied ones everywhere), then bring attributes up to date."""
     for owner in module.modules():
-        for registry in (owner._parameters, owner._buffers):
+        registries: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
+        for registry in registries:
             for key, tensor in registry.items():
                 if tensor is not None and id(tensor) in new:
                     registry[key] = new[id(tensor)]
@@ -90,11 +91,11 @@ def _replace(module: nn.Module, new: dict[int, Tensor]) -> None:
         sync_attributes(owner)
 
 
-def sync_attributes(module: nn.Module) -> None:
+def sync_attributes(module: Any) -> None:
     """Let a module's width attributes follow the shapes of its tensors. One of yours can define `after_surgery()`."""
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     if isinstance(module, nn.modules.conv._ConvNd):
-        first, second = weight.shape[:2]  # type: ignore[union-attr]
+        first, second = weight.shape[:2]
         if module.transposed:
             module.in_channels, module.out_channels = first, second * module.groups
         elif module.groups > 1 and module.groups == module.in_channels:  # depthwise
@@ -104,8 +105,8 @@ def sync_attributes(module: nn.Module) -> None:
         else:
             module.in_channels, module.out_channels = second * module.groups, first
     elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = weight.shape  # type: ignore[union-attr]
-    elif isinstance(module, (nn.modules.batchnorm._NormBase,)):
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
         tensor = module.running_mean if module.running_mean is not None else weight
         if tensor is not None:
             module.num_features = len(tensor)
@@ -114,20 +115,15 @@ def sync_attributes(module: nn.Module) -> None:
     elif hasattr(module, "normalized_shape") and weight is not None:  # LayerNorm, RMSNorm and relatives
         module.normalized_shape = tuple(weight.shape)
     elif isinstance(module, nn.PReLU):
-        module.num_parameters = len(weight)  # type: ignore[arg-type]
+        module.num_parameters = len(weight)
     elif isinstance(module, nn.Embedding):
-        module.embedding_dim = weight.shape[1]  # type: ignore[union-attr]
-    elif is_attention_shaped(module):
+        module.embedding_dim = weight.shape[1]
+    elif is_prunable_attention(module):
         module.attn_dim = module.qkv.weight.shape[0] // 3
         module.num_heads = module.attn_dim // module.head_dim
     after: Callable[[], None] | None = getattr(module, "after_surgery", None)
     if after is not None:
         after()
-
-
-def is_attention_shaped(module: nn.Module) -> bool:
-    """An attention whose heads the trace can cut, also while its parts are out of step."""
-    return hasattr(module, "attn_dim") and hasattr(module, "qkv") and is_prunable_attention(module)
 
 
 def carry_optimizer(optimizer: Optimizer, swaps: Iterable[Swap]) -> None:

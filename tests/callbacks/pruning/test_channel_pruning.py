@@ -188,7 +188,7 @@ def test_a_search_for_the_learning_rate_comes_first(start_epoch: int, tmp_path: 
     foreign.assert_same(module, plain)
 
 
-class Digits(LightningDataModule):
+class Resizable(LightningDataModule):
     batch_size = 2
 
     def train_dataloader(self) -> Any:
@@ -200,7 +200,7 @@ class Digits(LightningDataModule):
 
 @pytest.mark.parametrize("start_epoch", [0, 1])
 def test_a_search_for_the_batch_size_comes_first(start_epoch: int, tmp_path: Path) -> None:
-    module, data = made(), Digits()
+    module, data = made(), Resizable()
     search = BatchSizeFinder(steps_per_trial=1, init_val=2, max_trials=2)
     trainer = foreign.make_trainer(tmp_path, search, L1Norm(start_epoch=start_epoch))
     with foreign.no_pictures:

@@ -255,11 +255,7 @@ def collect_ranks(
     }
     ranks = FeatureRanks()
     batches = training_inputs(trainer, pl_module, num_batches * batch_size, batch_size)
-    show = (
-        trainer.is_global_zero
-        and trainer.progress_bar_callback is not None
-        and trainer.progress_bar_callback.is_enabled
-    )
+    show = trainer.is_global_zero and getattr(trainer.progress_bar_callback, "is_enabled", False)
     with (
         on_device(trainer, pl_module),
         evaluating(pl_module),
