@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_compress.core.surgery import attach_record, read_steps, replay_in_setup, resume_path
@@ -23,5 +24,5 @@ class RestoreCompressed(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         attach_record(pl_module)
         path = resume_path(trainer)
-        if path is not None and path.is_file():
+        if path is not None and get_filesystem(path).isfile(path):  # a folder is a sharded strategy's
             replay_in_setup(trainer, pl_module, read_steps(path), by=type(self).__name__)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -16,6 +15,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_compress.core.surgery.plan import Cut
 from lightning_compress.core.surgery.record import Step, attach_record, same_steps
@@ -68,7 +68,7 @@ def shrink_in_fit(trainer: Trainer, cuts: Sequence[Cut], *, by: str) -> None:
     """Narrow the module in `on_train_epoch_start`.
 
     Optimisers keep their groups and the kept slices of their state, LR schedulers go on, DDP is wrapped again, and
-    scores of the wider network are forgotten by `ModelCheckpoint` and `EarlyStopping`. Call :func:`check_trainer` in
+    scores of the wider network are forgotten by `ModelCheckpoint`, `EarlyStopping` and `ReduceLROnPlateau`. Call :func:`check_trainer` in
     `setup`, so that what cannot work is refused before the first step.
     """
     pl_module = trainer.lightning_module
@@ -98,25 +98,23 @@ def replay_in_setup(trainer: Trainer, pl_module: LightningModule, steps: Sequenc
         record.replay(pl_module, steps)
 
 
-def resume_path(trainer: Trainer) -> Path | None:
+def resume_path(trainer: Trainer) -> str | None:
     """The checkpoint that this `fit` will resume from, as seen from a callback's `setup`; None for a fresh start.
 
     Lightning keeps it in a local variable of `Trainer._run` until after `setup`. Should that change, callers find
     None, decide anew, and the record in the checkpoint replaces their decision: slower, not wrong.
     """
-    if trainer.ckpt_path:
-        return Path(trainer.ckpt_path)
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_name == "_run" and frame.f_locals.get("self") is trainer:
             path = frame.f_locals.get("ckpt_path")
-            return Path(path) if path else None
+            return str(path) if path else None
         frame = frame.f_back
     return None
 
 
 def _forget_scores(trainer: Trainer) -> None:
-    """Scores of the wider network would make its checkpoints the "best" for ever, or stop the fine-tuning early."""
+    """Scores of the wider network would make its checkpoints the "best" for ever, or end the fine-tuning early."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
             callback.best_k_models = {}
@@ -126,3 +124,7 @@ def _forget_scores(trainer: Trainer) -> None:
         elif isinstance(callback, EarlyStopping):
             callback.wait_count = 0
             callback.best_score = torch.tensor(float("inf") if callback.mode == "min" else float("-inf"))
+    for config in trainer.lr_scheduler_configs:
+        if isinstance(config.scheduler, ReduceLROnPlateau):
+            config.scheduler.best = config.scheduler.mode_worse
+            config.scheduler.num_bad_epochs = 0

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.saving import _load_state
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -97,17 +98,19 @@ def read_steps(path: str | Path) -> list[Step]:
     return read_checkpoint(path)["state_dict"].get(KEY, {}).get("steps", [])
 
 
-def read_checkpoint(path: str | Path, **kwargs: Any) -> dict[str, Any]:
-    """A Lightning checkpoint, loaded with `weights_only=True`.
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A Lightning checkpoint, loaded with `weights_only=True`; local, or wherever fsspec reaches.
 
     Raises:
         FileNotFoundError: no such file.
         MisconfigurationException: the file is not a checkpoint, or is cut short.
     """
-    if not Path(path).is_file():
+    files = get_filesystem(path)
+    if not files.isfile(str(path)):
         raise FileNotFoundError(f"There is no checkpoint at {str(path)!r}.")
     try:
-        checkpoint = torch.load(path, weights_only=True, map_location="cpu", **kwargs)
+        with files.open(str(path), "rb") as file:
+            checkpoint = torch.load(file, weights_only=True, map_location="cpu")
     except Exception as error:
         raise MisconfigurationException(
             f"{str(path)!r} cannot be read as a checkpoint ({type(error).__name__}: {error}). "
