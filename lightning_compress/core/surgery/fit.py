@@ -68,8 +68,8 @@ def shrink_in_fit(trainer: Trainer, cuts: Sequence[Cut], *, by: str) -> None:
     """Narrow the module in `on_train_epoch_start`.
 
     Optimisers keep their groups and the kept slices of their state, LR schedulers go on, DDP is wrapped again, and
-    scores of the wider network are forgotten by `ModelCheckpoint`, `EarlyStopping` and `ReduceLROnPlateau`. Call :func:`check_trainer` in
-    `setup`, so that what cannot work is refused before the first step.
+    scores of the wider network are forgotten by `ModelCheckpoint`, `EarlyStopping` and `ReduceLROnPlateau`. Call
+    :func:`check_trainer` in `setup`, so that what cannot work is refused before the first step.
     """
     pl_module = trainer.lightning_module
     swaps = attach_record(pl_module).cut(pl_module, cuts, by=by, epoch=trainer.current_epoch)

@@ -238,7 +238,7 @@ def test_a_cut_that_cannot_run_is_refused_before_anything_changes() -> None:
     assert "fixes in code" in channel_graph(network, (1, 3, 4, 4)).left_alone["conv"]
     graph = ChannelGraph.trace(network, (1, 3, 4, 4))
     cuts = ChannelPlan({"conv": torch.tensor([0, 1])}).cuts(graph)
-    with pytest.raises(MisconfigurationException, match="would fail in layer ''.*exclude"):
+    with pytest.raises(MisconfigurationException, match=r"would fail in layer ''.*exclude"):
         check_cuts(network, cuts, (1, 3, 4, 4))
     assert network.conv.weight.shape == (4, 3, 1, 1)
     assert network.conv.out_channels == 4
