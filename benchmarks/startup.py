@@ -13,7 +13,7 @@ from functools import partial
 
 from _alternate import Claim, best_times, machine, milliseconds, report
 
-REPEATS = 4
+REPEATS = 3
 IMPORT = [sys.executable, "-c", "import lightning.pytorch"]
 BARE = [sys.executable, "-c", "from lightning.pytorch.cli import LightningCLI; LightningCLI()", "fit", "--help"]
 

@@ -10,11 +10,13 @@ import pytest
 from lightning.pytorch import Trainer
 
 from lightning_compress import callbacks
+from lightning_compress.callbacks.pruning.hrank.callback import stage_order
+from lightning_compress.callbacks.pruning.hrank.published import out_only
 from lightning_compress.catalog import CARDS, CONFIGS, Row, cards, config_names
 from lightning_compress.cli.configs import find_config, summary
 from lightning_compress.cli.lightning_cli import CompressCLI
 from lightning_compress.core.profile import profile
-from lightning_compress.core.surgery import allocate, apply_cuts
+from lightning_compress.core.surgery import ChannelGraph, allocate, apply_cuts
 from lightning_compress.modules import ImageClassifier
 
 NAMES = config_names()
@@ -78,8 +80,6 @@ def test_no_config_is_empty_or_elsewhere():
 
 # ---- cost of the papers' rows
 
-ONE_SHOT = [row for card in cards("ready") for row in card.published if "sequential" not in row.setting]
-
 
 @cache
 def dense(network: str, num_classes: int, input_shape: tuple[int, ...]) -> ImageClassifier:
@@ -87,25 +87,50 @@ def dense(network: str, num_classes: int, input_shape: tuple[int, ...]) -> Image
 
 
 @cache
-def trace(kind: type, network: str, num_classes: int, input_shape: tuple[int, ...]) -> Any:
-    return kind().trace(Trainer(logger=False, barebones=True), dense(network, num_classes, input_shape))
+def trace(kind: type, *where: Any) -> ChannelGraph:
+    return kind().trace(Trainer(logger=False, barebones=True), dense(*where))
 
 
-@pytest.mark.parametrize("row", ONE_SHOT, ids=lambda row: row.config.removeprefix("recipes/"))
-def test_recipe_costs_what_the_paper_printed(row: Row):
-    if row.config.endswith("published_list"):
-        pytest.skip("the printed list does not give the printed cost; the config says so")
+def pruner_and_network(row: Row) -> tuple[Any, tuple[Any, ...]]:
+    """The callback of a row's recipe, and the arguments of `dense`."""
     config = parse(row.config)
     method, model = config.trainer.callbacks[0], config.model.init_args
     pruner = getattr(callbacks, method.class_path.rpartition(".")[2])(**method.init_args.as_dict())
-    where = (model.network, model.num_classes, tuple(model.input_shape))
-    graph = trace(type(pruner), *where)
-    module = deepcopy(dense(*where))
+    return pruner, (model.network, model.num_classes, tuple(model.input_shape))
+
+
+def rows(sequential: bool) -> list[Row]:
+    found = [row for card in cards("ready") for row in card.published]
+    return [row for row in found if row.setting.startswith("sequential") == sequential]
+
+
+@pytest.mark.parametrize("row", rows(sequential=False), ids=lambda row: row.config.removeprefix("recipes/"))
+def test_recipe_costs_what_the_paper_printed(row: Row):
+    if row.config.endswith("published_list"):
+        pytest.skip("the printed list does not give the printed cost; the config says so")
+    pruner, where = pruner_and_network(row)
+    module, graph = deepcopy(dense(*where)), trace(type(pruner), *where)
     ratios = pruner.ratios(module, graph)
     scores = {name: module.get_submodule(name).weight.detach().flatten(1).sum(1) for name in ratios}
     apply_cuts(module, allocate(graph, scores, ratios, width=pruner.width).cuts(graph))
-    cost = profile(module, (1, *model.input_shape))
+    cost = profile(module, (1, *where[2]))
     # The papers count batch norms 0, 2 or 4 times; some print no more than two digits.
     counted = [cost.paper_macs(bn_ops=0, conv_bias=False), cost.paper_macs(), cost.paper_macs(bn_ops=4)]
     assert min(abs(macs / row.result["macs"] - 1) for macs in counted) < 0.006
     assert abs(cost.params - row.result["params"]) <= 12_000  # some are rounded down
+
+
+@pytest.mark.parametrize("row", rows(sequential=True), ids=lambda row: row.config.removeprefix("recipes/"))
+def test_sequential_recipe_has_the_papers_length_and_count(row: Row):
+    pruner, where = pruner_and_network(row)
+    module, graph = dense(*where), trace(type(pruner), *where)
+    ratios = pruner.ratios(module, graph)
+    stages = parse(row.config).trainer.callbacks[0].init_args.stage_layers or stage_order(module, ratios)
+    assert parse(row.config).trainer.max_epochs == 30 * len(stages)
+    by_layer = {name.removeprefix("network."): ratio for name, ratio in ratios.items()}
+    if row.network == "VGG-16":  # printed with fractional widths, and the last layer narrowed, which it never is
+        by_layer["features.conv13"] = 0.8
+    cost = profile(module.network, (1, *where[2]))
+    macs, params = out_only(module.network, cost, by_layer, fractional=row.network == "VGG-16")
+    assert macs == pytest.approx(row.result["macs"], rel=0.001)
+    assert params == pytest.approx(row.result["params"], abs=15_000)

@@ -95,6 +95,9 @@ def _dispatch(args: list[str]) -> None:
 
             schema.main(rest)
         case "fit" | "validate" | "test" | "predict":
+            # Before torch is loaded: where other programs want the cores too, threads that wait for each other in
+            # a busy loop make a step twenty times slower than threads that sleep.
+            os.environ.setdefault("OMP_WAIT_POLICY", "passive")
             from lightning_compress.cli import lightning_cli
 
             lightning_cli.main(args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -165,3 +166,13 @@ def test_profile_of_a_config_with_latency(capsys):
 
 def test_profile_refuses_a_config_without_a_model(capsys):
     assert "has no model" in refused(["profile", "--config", "data/digits"], capsys)
+
+
+@pytest.mark.parametrize("policy", [None, "active"])
+def test_threads_of_a_fit_sleep_while_they_wait_unless_told_otherwise(policy: str | None, monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if policy:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    monkeypatch.setattr("lightning_compress.cli.lightning_cli.main", lambda args: None)
+    main(["fit"])
+    assert os.environ["OMP_WAIT_POLICY"] == (policy or "passive")
