@@ -1,4 +1,4 @@
-"""Makes `foreign` importable in every test, and keeps small operators from waiting for each other's threads."""
+"""Keeps small operators from waiting for each other's threads."""
 
 import torch
 

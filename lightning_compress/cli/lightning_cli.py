@@ -10,11 +10,12 @@ from pydoc import locate
 from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch import cli as lightning
 
 # Short class names resolve for classes that are imported.
-from lightning_compress import __version__, callbacks, datamodules, modules  # noqa: F401
+from lightning_compress import __version__, datamodules, modules  # noqa: F401
+from lightning_compress.callbacks import RestoreCompressed
 from lightning_compress.cli.configs import find_config
 from lightning_compress.cli.errors import explain
 from lightning_compress.cli.main import fail
@@ -64,7 +65,7 @@ class CompressCLI(lightning.LightningCLI):
             subclass_mode_data=True,
             save_config_kwargs={"overwrite": True},
             # Without it a checkpoint of a pruned network does not fit the network that the config builds.
-            trainer_defaults={"callbacks": callbacks.RestoreCompressed()},
+            trainer_defaults={"callbacks": RestoreCompressed()},
             seed_everything_default=0,
             parser_class=CompressParser,
             parser_kwargs={"prog": "lc"} if run else {},
@@ -92,6 +93,12 @@ class CompressCLI(lightning.LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         follow_data(self.config[self.subcommand] if self.subcommand else self.config)
+
+    def _instantiate_trainer(self, config: Any, callbacks: list[Callback]) -> Trainer:
+        """Put `RestoreCompressed` first: what copies or extends the network must see its final structure."""
+        trainer = super()._instantiate_trainer(config, callbacks)
+        trainer.callbacks.sort(key=lambda callback: not isinstance(callback, RestoreCompressed))  # type: ignore[attr-defined]
+        return trainer
 
     def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
         """Build `--optimizer` when the Trainer asks for it, not here.
