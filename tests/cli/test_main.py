@@ -35,6 +35,7 @@ def test_quick_commands_import_neither_torch_nor_lightning(args: list[str]):
     subprocess.run([sys.executable, "-c", code, *args], check=True, capture_output=True)
 
 
+@pytest.mark.slow
 def test_methods_takes_a_fifth_of_importing_lightning():
     def seconds(*args: str) -> float:
         start = time.perf_counter()

@@ -26,8 +26,8 @@ pytestmark = [
 ]
 
 
-class HighestRanks(HRank):
-    """The wrong way round."""
+class WrongWayRound(HRank):
+    """Keeps the low ranks."""
 
     def scores(self, trainer: Trainer, pl_module: LightningModule, graph: ChannelGraph) -> dict[str, Tensor]:
         return {name: -ranks for name, ranks in super().scores(trainer, pl_module, graph).items()}
@@ -52,7 +52,7 @@ def test_accuracy_before_fine_tuning_falls_with_the_rank_that_is_lost(tmp_path: 
     inner = {"*.conv1": 0.4, "network.conv1": 0.0}
     lowest = accuracy(HRank(ratio, num_batches=2), tmp_path)
     random = sum(accuracy(RandomChannels(inner, seed=s), tmp_path) for s in range(3)) / 3
-    highest = accuracy(HighestRanks(ratio, num_batches=2), tmp_path)
+    highest = accuracy(WrongWayRound(ratio, num_batches=2), tmp_path)
     print(f"lowest {lowest:.4f} random {random:.4f} highest {highest:.4f}")
     assert lowest > random > highest
 
