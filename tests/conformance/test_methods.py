@@ -224,7 +224,7 @@ def impossible() -> Iterator[Any]:
                 yield pytest.param(case, argument, value, shown, id=f"{case}-{argument}-{value}")
 
 
-@pytest.mark.parametrize(("case", "argument", "value", "shown"), impossible())
+@pytest.mark.parametrize(("case", "argument", "value", "shown"), list(impossible()))
 def test_an_impossible_argument_is_named_before_the_first_step(
     case: Case, argument: str, value: Any, shown: str, tmp_path: Path
 ) -> None:

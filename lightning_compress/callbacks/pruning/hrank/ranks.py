@@ -12,7 +12,8 @@ number of singular values above sigma_max * max(h, w) * eps(float32).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -55,26 +56,34 @@ def feature_map_rank(features: Tensor) -> Tensor:
     if features.dim() != 4 or 0 in features.shape[2:]:
         raise ValueError(f"features must be of shape (N, C, H, W), got {tuple(features.shape)}.")
     device, (height, width) = features.device, features.shape[2:]
-    with _one_thread():
-        features = features.detach() if features.is_cuda else features.detach().cpu()
-        if not features.sum(dtype=torch.float64).isfinite():  # an eighth of the cost of isfinite().all()
-            raise ValueError("features must be finite, got NaN or infinity: the network's weights are broken.")
-        # On CUDA one launch does a batch of SVDs. Up to 3x3 nothing is cheaper, and eps is too near the threshold.
-        rank = torch.linalg.matrix_rank if features.is_cuda or max(height, width) <= 3 else _rank_by_inertia
-        step = max(1, (CUDA_CHUNK if features.is_cuda else CHUNK) // (height * width))
-        groups = features.split(-(-step // max(1, features.shape[1])))  # which makes maps contiguous while in the cache
-        ranks = [rank(maps) for group in groups for maps in group.float().flatten(0, 1).split(step)]
+    features = features.detach() if features.is_cuda else features.detach().cpu()
+    if not features.sum(dtype=torch.float64).isfinite():  # an eighth of the cost of isfinite().all()
+        raise ValueError("features must be finite, got NaN or infinity: the network's weights are broken.")
+    # On CUDA one launch does a batch of SVDs. Up to 3x3 nothing is cheaper, and eps is too near the threshold.
+    rank = torch.linalg.matrix_rank if features.is_cuda or max(height, width) <= 3 else _rank_by_inertia
+    step = max(1, (CUDA_CHUNK if features.is_cuda else CHUNK) // (height * width))
+    groups = features.split(-(-step // max(1, features.shape[1])))
+
+    def rank_group(group: Tensor) -> list[Tensor]:
+        return [rank(maps) for maps in group.float().flatten(0, 1).split(step)]  # contiguous while in the cache
+
+    with _workers(1 if features.is_cuda else len(groups)) as run:
+        ranks = [maps for group in run(rank_group, groups) for maps in group]
     return torch.cat(ranks).view(features.shape[:2]).to(device)
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """LAPACK goes through a batch in one thread, and the operators around it are too small to be shared: where other
-    programs run too, threads that wait for each other take up to ten times as long."""
+def _workers(tasks: int) -> Iterator[Callable[..., Iterable]]:
+    """A `map` over as many threads as torch has, each computing alone: LAPACK goes through a batch in one thread, and
+    operators this small, when threads share one, wait longer than they work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        if min(tasks, threads) < 2:
+            yield map
+        else:
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                yield pool.map
     finally:
         torch.set_num_threads(threads)
 
