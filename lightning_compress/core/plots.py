@@ -1,4 +1,4 @@
-"""Pictures of an account, sized for a README. Drawing them needs matplotlib, the extra ``plot``."""
+"""Pictures of an account, sized for a README. Where matplotlib was left out, there are none."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DENSE, KEPT, INK, GRID = "#d7dde5", "#0f8b8d", "#27313f", "#e8ecf1"
 def available() -> bool:
     """Whether matplotlib is installed; if not, says how to get it."""
     if find_spec("matplotlib") is None:
-        rank_zero_info("No plots: matplotlib is not installed (pip install 'lightning-compress[plot]').")
+        rank_zero_info("No plots: matplotlib is not installed (pip install matplotlib).")
         return False
     return True
 
