@@ -280,7 +280,7 @@ def test_without_matplotlib_it_says_so_once(account, tmp_path, monkeypatch, capl
             account.save(tmp_path)
     finally:
         plots.available.cache_clear()
-    assert caplog.text.count("pip install 'lightning-compress[plot]'") == 1
+    assert caplog.text.count("pip install matplotlib") == 1
     assert [file.name for file in tmp_path.iterdir()] == ["compression.json"]
 
 
