@@ -74,16 +74,50 @@ def pointwise(trace: ChannelTrace, out: Any, *args: Any, **kwargs: Any) -> None:
     "bernoulli",
     "native_dropout",
     "cumsum",
-    "hardswish",
-    "hardswish_",
+    "dropout",
+    "fake_quantize_per_tensor_affine",
+    "fake_quantize_per_tensor_affine_cachemask",
+    "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
     "masked_fill",
     "masked_fill_",
     "as_strided_",
 )
 def _same(trace: ChannelTrace, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> None:
+    """One input, the same shape."""
     for tensor in tensors_in(out):
         if tensor.shape == x.shape:
             trace.put(tensor, trace.get(x))
+
+
+# Activations that torch (which ones depends on its version) does not tag as pointwise.
+UNTAGGED = ("celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mish", "rrelu_with_noise",
+            "silu", "threshold")  # fmt: skip
+rule(*UNTAGGED, *(f"{name}_" for name in UNTAGGED), "log_sigmoid_forward")(_same)
+
+
+@rule("_prelu_kernel")
+def _prelu(trace: ChannelTrace, out: Tensor, x: Tensor, weight: Tensor) -> None:
+    pointwise(trace, out, x, weight)
+
+
+@rule("glu")
+def _glu(trace: ChannelTrace, out: Tensor, x: Tensor, dim: int = -1) -> None:
+    """Value and gate keep the same positions."""
+    ids = trace.axis(x, dim)
+    if ids is None:
+        trace.put(out, trace.get(x))
+    else:
+        trace.tie(ids.reshape(2, -1), ids.reshape(2, -1)[:1])
+        trace.put(out, [along(ids[: ids.size // 2], dim % x.ndim, x.ndim)])
+
+
+@rule("fake_quantize_per_channel_affine", "fake_quantize_per_channel_affine_cachemask")
+def _fake_quantize_per_channel(
+    trace: ChannelTrace, out: Any, x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, *args: Any
+) -> None:
+    for tensor in (scale, zero_point):
+        trace.tie(trace.axis(x, axis), trace.axis(tensor, 0))
+    _same(trace, out, x)
 
 
 @rule("copy_")

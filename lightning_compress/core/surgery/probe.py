@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -63,28 +62,24 @@ def _less(graph: ChannelGraph, groups: Sequence[Group]) -> list[Cut]:
 
 
 def _failure(network: nn.Module, cuts: Sequence[Cut], example_input: Any) -> tuple[str, Exception] | None:
+    """Where and why the narrowed network fails: on meta tensors, and, as some operators need values, on real ones."""
+    return _attempt(network, cuts, example_input, meta=True) and _attempt(network, cuts, example_input, meta=False)
+
+
+def _attempt(network: nn.Module, cuts: Sequence[Cut], example_input: Any, meta: bool) -> tuple[str, Exception] | None:
     stack: list[str] = []
     handles = []
     for name, module in network.named_modules():
         handles.append(module.register_forward_pre_hook(lambda m, a, name=name: stack.append(name)))
         handles.append(module.register_forward_hook(lambda m, a, o: stack.pop() and None))
+    swaps: list[Swap] = []
     try:
-        with _pretended(network, cuts):
-            dry_run(network, example_input, lambda tensors: _Fast())
+        swaps = apply_cuts(network, cuts, pretend=meta)
+        dry_run(network, example_input, lambda tensors: _Fast())
     except Exception as error:
         return (stack[-1] if stack else ""), error
     finally:
+        undo(network, swaps)
         for handle in handles:
             handle.remove()
     return None
-
-
-@contextmanager
-def _pretended(network: nn.Module, cuts: Sequence[Cut]) -> Iterator[None]:
-    """The network as it would be, on meta tensors where it is cut."""
-    swaps: list[Swap] = []
-    try:
-        swaps = apply_cuts(network, cuts, pretend=True)
-        yield
-    finally:
-        undo(network, swaps)

@@ -100,6 +100,36 @@ def test_halves_of_a_gated_unit_keep_the_same_positions() -> None:
     assert (halves[0] == halves[1]).all()
 
 
+@pytest.mark.parametrize(
+    "activation",
+    [nn.ReLU6(True), nn.Hardswish(True), nn.Hardsigmoid(True), nn.LeakyReLU(0.1, True), nn.ELU(1.0, True), nn.GELU(),
+     nn.Mish(True), nn.SiLU(True), nn.Threshold(0.1, 0.0, True), nn.CELU(1.0, True), nn.LogSigmoid(), nn.Softplus(),
+     nn.PReLU(), nn.PReLU(8), nn.Dropout(), nn.Tanh(), nn.Sequential(nn.Conv2d(8, 16, 1), nn.GLU(1))],
+    ids=lambda m: type(m).__name__,
+)  # fmt: skip
+def test_activations_let_channels_pass(activation: nn.Module) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), activation, nn.Conv2d(8, 2, 1))
+    graph = channel_graph(network, (1, 3, 4, 4))
+    assert list(graph.left_alone) == ["2"]
+    assert len(graph.group_of("0").units) == 8
+
+
+def test_fake_quantisers_let_channels_pass() -> None:
+    class Quantised(nn.Conv2d):
+        def __init__(self) -> None:
+            super().__init__(3, 8, 1)
+            self.register_buffer("scale", torch.full((8,), 0.1))
+            self.register_buffer("zero", torch.zeros(8, dtype=torch.int32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = torch.fake_quantize_per_channel_affine(self.weight, self.scale, self.zero, 0, -128, 127)
+            x = torch.fake_quantize_per_tensor_affine(x, 0.1, 0, 0, 255)
+            return nn.functional.conv2d(x, weight, self.bias)
+
+    graph = channel_graph(nn.Sequential(Quantised(), nn.ReLU(), nn.Conv2d(8, 2, 1)), (1, 3, 4, 4))
+    assert graph.axes["0.scale", 0].tolist() == graph.axes["0.zero", 0].tolist() == graph.layers["0"].tolist()
+
+
 class Halve(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return weight / 2

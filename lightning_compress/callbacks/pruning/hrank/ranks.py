@@ -57,14 +57,14 @@ def feature_map_rank(features: Tensor) -> Tensor:
         raise ValueError(f"features must be of shape (N, C, H, W), got {tuple(features.shape)}.")
     device, (height, width) = features.device, features.shape[2:]
     features = features.detach() if features.is_cuda else features.detach().cpu()
-    if not features.sum(dtype=torch.float64).isfinite():  # an eighth of the cost of isfinite().all()
-        raise ValueError("features must be finite, got NaN or infinity: the network's weights are broken.")
     # On CUDA one launch does a batch of SVDs. Up to 3x3 nothing is cheaper, and eps is too near the threshold.
     rank = torch.linalg.matrix_rank if features.is_cuda or max(height, width) <= 3 else _rank_by_inertia
     step = max(1, (CUDA_CHUNK if features.is_cuda else CHUNK) // (height * width))
     groups = features.split(-(-step // max(1, features.shape[1])))
 
     def rank_group(group: Tensor) -> list[Tensor]:
+        if not group.sum(dtype=torch.float64).isfinite():  # an eighth of the cost of isfinite().all()
+            raise ValueError("features must be finite, got NaN or infinity: the network's weights are broken.")
         return [rank(maps) for maps in group.float().flatten(0, 1).split(step)]  # contiguous while in the cache
 
     with _workers(1 if features.is_cuda else len(groups)) as run:
@@ -76,6 +76,9 @@ def feature_map_rank(features: Tensor) -> Tensor:
 def _workers(tasks: int) -> Iterator[Callable[..., Iterable]]:
     """A `map` over as many threads as torch has, each computing alone: LAPACK goes through a batch in one thread, and
     operators this small, when threads share one, wait longer than they work."""
+    # Freed at once: from then on glibc keeps so much memory for the next chunk, instead of giving it back to the
+    # system after each operator. Without it a third of the speed is left, or not, as the process's history has it.
+    torch.empty(2**24, dtype=torch.uint8)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
