@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from real_data import real_data
 from torchvision import datasets
 
 from lightning_compress.datamodules import CIFAR10, CIFAR100
@@ -128,10 +128,9 @@ def test_downloads_only_when_asked_and_needed(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.real_data
-@pytest.mark.skipif("LC_DATA" not in os.environ, reason="LC_DATA is not set")
 @pytest.mark.parametrize("kind", [CIFAR10, CIFAR100])
 def test_real_images_have_the_stated_mean(kind: type[CIFAR10]) -> None:
-    train, val, test = kind(os.environ["LC_DATA"], val_size=5000).splits
+    train, val, test = kind(real_data(f"{kind.__name__.lower()}.npz"), val_size=5000).splits
     assert [len(train), len(val), len(test)] == [45000, 5000, 10000]
     assert (val.labels[val.indices].bincount() == 5000 // kind.num_classes).all()
     mean = train.images.float().mean((0, 2, 3)) / 255

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from real_data import real_data
 
 from lightning_compress.datamodules import MNIST, FashionMNIST
 
@@ -57,10 +57,9 @@ def test_absent_files_say_what_is_read(kind: type[MNIST], tmp_path: Path) -> Non
 
 
 @pytest.mark.real_data
-@pytest.mark.skipif("LC_DATA" not in os.environ, reason="LC_DATA is not set")
 @pytest.mark.parametrize("kind", [MNIST, FashionMNIST])
 def test_real_images_have_the_stated_mean_and_std(kind: type[MNIST]) -> None:
-    train, val, test = kind(os.environ["LC_DATA"], val_size=5000).splits
+    train, val, test = kind(real_data(f"{kind.__name__}/raw"), val_size=5000).splits
     assert [len(train), len(val), len(test)] == [55000, 5000, 10000]
     pixels = train.images.float() / 255
     assert pixels.mean() == pytest.approx(kind.mean[0], abs=1e-4)

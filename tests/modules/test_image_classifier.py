@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from real_data import real_data
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -202,10 +202,9 @@ def test_missing_labels_are_refused(loader: DataLoader, got: str) -> None:
 
 
 @pytest.mark.real_data
-@pytest.mark.skipif("LC_DATA" not in os.environ, reason="LC_DATA is not set")
 def test_the_public_resnet20_scores_on_cifar10() -> None:
     """8.27 % error on all 10,000 test images (measured: 91.73 %); here the first 1,000."""
-    root = Path(os.environ["LC_DATA"])
+    root = real_data("cifar10.npz", "weights/resnet20-cifar10.pt")
     data = CIFAR10(str(root), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), eval_batch_size=250)
     module = ImageClassifier("resnet20", weights=str(root / "weights" / "resnet20-cifar10.pt"))
     metrics = trainer(limit_test_batches=4).test(module, data, verbose=False)[0]

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from real_data import real_data
 from torch import nn
 
 from lightning_compress.networks import ChannelShortcut, CIFARResNet, load_weights, resnet20, resnet56
@@ -44,11 +42,10 @@ def test_depth_is_checked():
 
 
 @pytest.mark.real_data
-@pytest.mark.skipif("LC_DATA" not in os.environ, reason="LC_DATA is not set")
 @pytest.mark.parametrize(("build", "correct"), [(resnet20, 915), (resnet56, 926)])
 def test_public_weights(build, correct):
     """On the first 1,000 test images; all 10,000 give 91.73 % and 93.39 %, as published."""
-    data = Path(os.environ["LC_DATA"])
+    data = real_data("cifar10.npz", f"weights/{build.__name__}-cifar10.pt")
     net = build().eval()
     load_weights(net, data / "weights" / f"{build.__name__}-cifar10.pt")
     with np.load(data / "cifar10.npz") as file:

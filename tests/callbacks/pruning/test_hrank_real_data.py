@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch import LightningModule, Trainer
+from real_data import real_data
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -16,14 +17,10 @@ from lightning_compress.core.surgery import ChannelGraph, channel_graph
 from lightning_compress.datamodules import CIFAR10
 from lightning_compress.modules import ImageClassifier
 
-DATA = Path(os.environ.get("LC_DATA", "nowhere"))
-WEIGHTS = DATA / "weights" / "resnet56-cifar10.pt"
+WEIGHTS = "weights/resnet56-cifar10.pt"
 IMAGES = int(os.environ.get("LC_TEST_IMAGES", "1000"))  # 10,000 is the whole test set
 
-pytestmark = [
-    pytest.mark.real_data,
-    pytest.mark.skipif(not (WEIGHTS.exists() and (DATA / "cifar10.npz").exists()), reason="LC_DATA has no CIFAR-10"),
-]
+pytestmark = pytest.mark.real_data
 
 
 class WrongWayRound(HRank):
@@ -34,10 +31,11 @@ class WrongWayRound(HRank):
 
 
 def setup(**kwargs) -> tuple[Trainer, ImageClassifier, CIFAR10]:
+    root = real_data("cifar10.npz", WEIGHTS)
     trainer = Trainer(max_epochs=0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
                       enable_model_summary=False, limit_test_batches=IMAGES // 250, **kwargs)  # fmt: skip
-    data = CIFAR10(DATA, batch_size=128, eval_batch_size=250, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-    return trainer, ImageClassifier("resnet56", weights=str(WEIGHTS)), data
+    data = CIFAR10(root, batch_size=128, eval_batch_size=250, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    return trainer, ImageClassifier("resnet56", weights=str(root / WEIGHTS)), data
 
 
 def accuracy(callback: HRank | RandomChannels, folder: Path) -> float:
