@@ -29,7 +29,7 @@ def claims() -> Iterator[Claim]:
     dense = torchvision.models.resnet50().eval()
     narrow = [narrowed(dense, *setting) for setting in SETTINGS]
     promised = [macs(dense) / macs(network) for network in narrow]
-    networks = [n.to(memory_format=torch.channels_last) for n in (dense, *narrow)]  # type: ignore[call-overload]
+    networks = [n.to(memory_format=torch.channels_last) for n in (dense, *narrow)]
     with threads(2), torch.inference_mode():
         for batch, repeats in REPEATS.items():
             images = torch.randn(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
@@ -48,7 +48,7 @@ def claims() -> Iterator[Claim]:
 def narrowed(dense: nn.Module, pruning_ratio: float, round_to: int) -> nn.Module:
     network = copy.deepcopy(dense)
     graph = channel_graph(network, (1, 3, 224, 224))
-    scores = {n: filter_l1(network.get_submodule(n).weight) for n in graph.layers}
+    scores = {n: filter_l1(network.get_parameter(f"{n}.weight")) for n in graph.layers}
     plan = allocate(graph, scores, dict.fromkeys(graph.layers, pruning_ratio), round_to=round_to)
     apply_cuts(network, plan.cuts(graph))
     return network

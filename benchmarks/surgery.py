@@ -35,7 +35,7 @@ def measure(name: str, target: float | None) -> Claim:
     dense = torchvision.models.get_model(name).eval()
     example = torch.randn(1, 3, 224, 224)
     graph = channel_graph(dense, example)
-    scores = {n: filter_l1(dense.get_submodule(n).weight) for n in graph.layers}
+    scores = {n: filter_l1(dense.get_parameter(f"{n}.weight")) for n in graph.layers}
     ratios = dict.fromkeys(graph.layers, 0.5)
     plan = allocate(graph, scores, ratios)
     gone = {g.layers[0]: removed(plan.kept[g.layers[0]], graph.width(g.layers[0])) for g in graph.groups}
