@@ -25,8 +25,9 @@ def inference_copy(module: nn.Module) -> nn.Module:
     """Copy ``module`` for measuring or exporting it: eval mode, plain weights, no trainer, no hooks.
 
     * The trainer and its callbacks, which a LightningModule and its hooks refer to, are not copied.
-    * Hooks are left behind, since they belong to callbacks that watch the training. The forward hooks of
-      torch itself stay: there they are part of the function (``weight_norm``, ``spectral_norm``, ``prune``).
+    * Hooks are left behind, since they belong to callbacks that watch the training. Forward hooks stay where
+      they are part of the function: torch's own (``weight_norm``, ``spectral_norm``, ``prune``), and those with
+      an attribute ``part_of_function`` that is true, which are copied with the module.
     * Parametrised weights (masks, fake quantisers, low-rank products) are replaced by their value.
     * Compiled modules are replaced by what they were compiled from.
 
@@ -36,7 +37,13 @@ def inference_copy(module: nn.Module) -> nn.Module:
     >>> handle = conv.register_forward_hook(lambda *_: print("watched"))
     >>> out = inference_copy(conv)(torch.zeros(1, 3, 8, 8))  # prints nothing
     """
-    clone = _uncompiled(deepcopy(module, _not_copied(module)))
+    memo = _not_copied(module)
+    copied = deepcopy(module, memo)
+    for original, other in zip(module.modules(), copied.modules(), strict=True):
+        for name in _FORWARD_HOOKS:  # after all modules, which these hooks may refer to
+            kept = {k: deepcopy(h, memo) for k, h in vars(original)[name].items() if _is_function(h)}
+            vars(other)[name].update(kept)
+    clone = _uncompiled(copied)
     for submodule in clone.modules():
         for name, child in submodule.named_children():
             if child is not _uncompiled(child):
@@ -70,7 +77,7 @@ def _bake(module: nn.Module) -> None:
 def has_watchers(module: nn.Module) -> bool:
     """Whether ``module`` has forward hooks that :func:`inference_copy` leaves behind."""
     return any(
-        not _is_torchs_own(hook)
+        not (_is_torchs_own(hook) or _is_function(hook))
         for sub in module.modules()
         for name in _FORWARD_HOOKS
         for hook in vars(sub)[name].values()
@@ -83,6 +90,10 @@ def _uncompiled(module: nn.Module) -> nn.Module:
 
 def _is_torchs_own(hook: Any) -> bool:
     return str(getattr(hook, "__module__", "")).startswith("torch.")
+
+
+def _is_function(hook: Any) -> bool:
+    return bool(getattr(hook, "part_of_function", False))
 
 
 def _not_copied(module: nn.Module) -> dict[int, Any]:

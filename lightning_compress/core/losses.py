@@ -5,22 +5,25 @@ Lightning has no hook that changes the loss. `add_loss_term` therefore wraps the
     total = training_step(batch) + sum_k weight_k * term_k(outputs, batch, batch_idx)
 
 The sum happens inside the step, so DDP, autocast, gradient accumulation and scaling treat a term as a part of
-the loss. A callback calls it in ``setup`` and removes the handle in ``teardown``.
+the loss. A callback calls it in ``setup`` and removes the handle in ``teardown``. A method that needs the batch while
+the network runs (labels for its masks) puts :func:`around_training_step` about the same step.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 TermFunction = Callable[[Any, Any, int], Tensor]
+Around = Callable[[Any], AbstractContextManager[Any]]
 
 
 def add_loss_term(
@@ -50,18 +53,46 @@ def add_loss_term(
             step fetches its own batches.
         ValueError: a term of this name is active.
     """
-    slot = "loss_terms" if isinstance(pl_module, LossTermsMixin) else "training_step"
-    if slot == "training_step":
+    if isinstance(pl_module, LossTermsMixin):
+        terms = _slot(pl_module, "loss_terms", _Terms)
+    else:
         _check_step(pl_module, f"{method}/{term}")
-    terms = vars(pl_module).get(slot)
-    if not isinstance(terms, _Terms):
-        terms = _Step(pl_module, slot) if slot == "training_step" else _Terms(pl_module, slot)
+        terms = _slot(pl_module, "training_step", _Step)
     handle = LossTerm(f"train/{method}/{term}", fn, weight, terms)
     if any(active.name == handle.name for active in terms.active):
         raise ValueError(f"term: {handle.name!r} is active already; remove its handle first.")
     terms.active.append(handle)
-    vars(pl_module)[slot] = terms
     return handle
+
+
+def around_training_step(pl_module: LightningModule, method: str, around: Around) -> AroundStep:
+    """Enter ``around(batch)``, a context manager, before every training step and leave it after the loss terms.
+
+    Validation and prediction do not enter it.
+
+    Args:
+        pl_module: the module to train.
+        method: short name of the method, for messages.
+        around: batch -> context manager.
+
+    Returns:
+        A handle with ``remove()``.
+
+    Raises:
+        MisconfigurationException: the module optimises manually, or its training step fetches its own batches.
+    """
+    _check_step(pl_module, method)
+    step = _slot(pl_module, "training_step", _Step)
+    handle = AroundStep(around, step)
+    step.contexts.append(handle)
+    return handle
+
+
+def _slot(pl_module: LightningModule, slot: str, kind: type[_TermsKind]) -> _TermsKind:
+    terms = vars(pl_module).get(slot)
+    if not isinstance(terms, kind):
+        terms = vars(pl_module)[slot] = kind(pl_module, slot)
+    return terms
 
 
 class LossTermsMixin:
@@ -103,6 +134,20 @@ class LossTerm:
             self._terms.restore_if_idle()
 
 
+@dataclass(eq=False)
+class AroundStep:
+    """What is entered before every training step."""
+
+    enter: Around
+    _step: _Step
+
+    def remove(self) -> None:
+        """Enter it no more; a second call does nothing."""
+        if self in self._step.contexts:
+            self._step.contexts.remove(self)
+            self._step.restore_if_idle()
+
+
 class _Terms:
     """Stands in for a method of one module (in its ``__dict__``, where it hides the class's method)."""
 
@@ -111,6 +156,7 @@ class _Terms:
         self.slot = slot
         self.hidden = vars(module).get(slot)  # what another tool, such as torch.compile, had put there
         self.active: list[LossTerm] = []
+        self.contexts: list[AroundStep] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.total(*args, **kwargs)
@@ -127,7 +173,7 @@ class _Terms:
 
     def restore_if_idle(self) -> None:
         # where another tool has wrapped the step since, this stays in between and adds nothing
-        if not self.active and vars(self.module).get(self.slot) is self:
+        if not self.active and not self.contexts and vars(self.module).get(self.slot) is self:
             del vars(self.module)[self.slot]
             if self.hidden is not None:
                 vars(self.module)[self.slot] = self.hidden
@@ -146,6 +192,12 @@ class _Step(_Terms):
         return self.hidden or MethodType(type(self.module).training_step, self.module)
 
     def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for context in self.contexts:
+                stack.enter_context(context.enter(batch))
+            return self._step(batch, *args, **kwargs)
+
+    def _step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         outputs = self.__wrapped__(batch, *args, **kwargs)
         if not self.active or not isinstance(outputs, Tensor | Mapping):
             return outputs
@@ -159,6 +211,9 @@ class _Step(_Terms):
         if isinstance(outputs, Tensor):
             return outputs + total
         return {**outputs, "loss": outputs["loss"] + total}
+
+
+_TermsKind = TypeVar("_TermsKind", bound=_Terms)
 
 
 def _check_step(pl_module: LightningModule, term: str) -> None:

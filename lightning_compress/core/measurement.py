@@ -46,6 +46,34 @@ class LayerRow:
 
 
 @dataclass(frozen=True)
+class LayerCost:
+    """What a layer really costs where its plain form does not tell: shared kernels, filters that are skipped.
+
+    Attributes:
+        macs: multiply-accumulates for one image, on average.
+        params: numbers that are stored.
+        nonzeros: those that are not zero; all of them if only `params` is given.
+        bytes: all that is stored, indices too.
+    """
+
+    macs: int | None = None
+    params: int | None = None
+    nonzeros: int | None = None
+    bytes: int | None = None
+
+    def correct(self, row: LayerRow) -> LayerRow:
+        """The row with these numbers in place of those counted."""
+        given: dict[str, Any] = {
+            "macs": self.macs,
+            "effective_macs": self.macs,
+            "params": self.params,
+            "nonzeros": self.params if self.nonzeros is None else self.nonzeros,
+            "bytes": self.bytes,
+        }
+        return replace(row, **{key: value for key, value in given.items() if value is not None})
+
+
+@dataclass(frozen=True)
 class Measurement:
     """The cost of a network.
 
@@ -115,8 +143,18 @@ def measure(
     return replace(counted, latency=time_in_turns([clone], example_input)[0]) if latency else counted
 
 
-def count(clone: nn.Module, example_input: Any, *, bits: Mapping[str, int] | None = None) -> Measurement:
-    """:func:`measure` without latency, for a module that already is an :func:`inference_copy`."""
+def count(
+    clone: nn.Module,
+    example_input: Any,
+    *,
+    bits: Mapping[str, int] | None = None,
+    costs: Mapping[str, LayerCost] | None = None,
+) -> Measurement:
+    """:func:`measure` without latency, for a module that already is an :func:`inference_copy`.
+
+    Args:
+        costs: layer name -> what it costs, where its plain form does not tell.
+    """
     args, kwargs = inputs_for(clone, example_input)
     layers = profile(clone, args or kwargs).layers
     tensors: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
@@ -134,19 +172,18 @@ def count(clone: nn.Module, example_input: Any, *, bits: Mapping[str, int] | Non
         stored = sum(t.numel() * (width if any(t is w for w in weights) else 8 * t.element_size()) for t in own)
         dense = layer.kind in ("conv", "linear") and weights
         kept = _nonzeros(weights) / sum(t.numel() for t in weights) if dense else 1.0
-        rows.append(
-            LayerRow(
-                name=layer.name,
-                kind=layer.kind,
-                width=_width(clone.get_submodule(layer.name)),
-                macs=layer.macs,
-                effective_macs=round(layer.macs * kept),
-                params=layer.params,
-                nonzeros=_nonzeros(own),
-                bits=width,
-                bytes=math.ceil(stored / 8),
-            )
+        row = LayerRow(
+            name=layer.name,
+            kind=layer.kind,
+            width=_width(clone.get_submodule(layer.name)),
+            macs=layer.macs,
+            effective_macs=round(layer.macs * kept),
+            params=layer.params,
+            nonzeros=_nonzeros(own),
+            bits=width,
+            bytes=math.ceil(stored / 8),
         )
+        rows.append(costs[layer.name].correct(row) if costs and layer.name in costs else row)
     return Measurement(tuple(rows), disk_bytes(clone))
 
 

@@ -1,13 +1,14 @@
-"""Pictures of an account, sized for a README. Where matplotlib was left out, there are none."""
+"""Pictures of accounts and of what methods learn, sized for a README. Where matplotlib was left out, there are none."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from lightning_compress.core.units import human
 
@@ -78,6 +79,58 @@ def summary(totals: Sequence[tuple[str, str, float, float]]) -> Figure:
     axes.set_xticks(range(0, 101, 25), [f"{tick} %" for tick in range(0, 101, 25)])
     axes.tick_params(axis="y", length=0)
     _title(axes, "What is left")
+    return figure
+
+
+def heat_map(
+    values: Tensor,
+    *,
+    title: str,
+    row_label: str = "",
+    column_label: str = "",
+    rows: Sequence[str] = (),
+    columns: Sequence[str] = (),
+) -> Figure:
+    """A matrix as colours, with a scale.
+
+    Args:
+        values: (rows, columns); entries that are not finite stay white.
+        title: above it.
+        row_label, column_label: what the axes are.
+        rows, columns: their names, where there are names; of many, only some are written.
+    """
+    height, width = values.shape
+    figure, axes = _canvas(height=min(9.0, max(2.6, 1.4 + 0.16 * height)))
+    matrix = values.detach().float().cpu()
+    image = axes.imshow(matrix.numpy(), aspect="auto", interpolation="nearest", cmap="viridis")
+    figure.colorbar(image, ax=axes, fraction=0.025, pad=0.01).outline.set_visible(False)
+    axes.set_xlabel(column_label, color=INK)
+    axes.set_ylabel(row_label)
+    for names, set_ticks, count, most in ((rows, axes.set_yticks, height, 40), (columns, axes.set_xticks, width, 24)):
+        if names:
+            step = max(1, -(-count // most))
+            set_ticks(range(0, count, step), [_short(name) for name in names[::step]])
+    axes.tick_params(labelsize=7)
+    _title(axes, title)
+    return figure
+
+
+def lines(series: Mapping[str, Sequence[float]], *, title: str, x_label: str, y_label: str) -> Figure:
+    """Curves over 0, 1, 2, ...
+
+    Args:
+        series: name -> values.
+        title, x_label, y_label: what it shows.
+    """
+    figure, axes = _canvas(height=3.4)
+    for name, values in series.items():
+        axes.plot(range(len(values)), values, label=name)
+    axes.set_xlabel(x_label, color=INK)
+    axes.set_ylabel(y_label)
+    axes.yaxis.grid(True, color=GRID)
+    if len(series) > 1:
+        axes.legend(frameon=False)
+    _title(axes, title)
     return figure
 
 

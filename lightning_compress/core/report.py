@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import rich
@@ -20,10 +20,23 @@ from torch import nn
 from lightning_compress.core.account import Account
 from lightning_compress.core.example_input import find_example_input
 from lightning_compress.core.inference_copy import inference_copy
-from lightning_compress.core.measurement import LayerRow, Measurement, count, measure, time_in_turns
+from lightning_compress.core.measurement import LayerCost, LayerRow, Measurement, count, measure, time_in_turns
 from lightning_compress.core.surgery.compact import compact
 
-__all__ = ["Account", "LayerRow", "Measurement", "close_account", "measure", "open_account", "run_folder"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "Account",
+    "LayerCost",
+    "LayerRow",
+    "Measurement",
+    "close_account",
+    "log_figure",
+    "measure",
+    "open_account",
+    "run_folder",
+]
 
 
 @dataclass
@@ -34,6 +47,7 @@ class _Open:
     dense: nn.Module | None
     example_input: Any
     bits: dict[str, int] = field(default_factory=dict)
+    costs: dict[str, LayerCost] = field(default_factory=dict)
     account: Account | None = None
 
 
@@ -71,12 +85,13 @@ def close_account(
     notes: Iterable[str] = (),
     left_alone: Iterable[tuple[str, str]] | Mapping[str, str] = (),
     bits: Mapping[str, int] | None = None,
+    costs: Mapping[str, LayerCost] | None = None,
 ) -> Account | None:
     """Measure what the fit made of the module; print, log and save the account.
 
     The first caller in a fit measures, prints and logs. Later ones add what they have to say, and the files
-    are written again; if they bring bits, the table is printed and logged again too. With ``fast_dev_run`` no
-    file is written.
+    are written again; if they bring bits or costs, the table is printed and logged again too. With
+    ``fast_dev_run`` no file is written.
 
     Args:
         trainer: the Trainer.
@@ -84,6 +99,7 @@ def close_account(
         notes: sentences for the reader.
         left_alone: layers that were not compressed, and why.
         bits: bits of the weights by layer (name or glob), from a method that quantised.
+        costs: layer name -> what it costs, from a method whose saving the plain form of a layer does not show.
 
     Returns:
         The account on rank 0; None on other ranks, and when :func:`open_account` was not called.
@@ -92,7 +108,8 @@ def close_account(
     if not trainer.is_global_zero or opened is None:
         return None
     opened.bits.update(bits or {})
-    news = bool(bits) or opened.account is None
+    opened.costs.update(costs or {})
+    news = bool(bits) or bool(costs) or opened.account is None
     if news:
         opened.account = _settle(trainer, pl_module, opened)
     account = opened.account
@@ -107,11 +124,27 @@ def close_account(
             logger.save()
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]
         account.save(run_folder(trainer))
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                for name, figure in account.figures().items():
-                    logger.experiment.add_figure(f"compression/{name}", figure, trainer.global_step, close=False)
+        for name, figure in account.figures().items():
+            _to_tensorboard(trainer, f"compression/{name}", figure)
     return account
+
+
+def log_figure(trainer: Trainer, name: str, figure: Figure) -> None:
+    """Write a picture into the run's folder as ``<name>.png``, and into TensorBoard where that is the logger.
+
+    On rank 0, and not with ``fast_dev_run``. Slashes in the name make no folders.
+    """
+    if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        folder = run_folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(folder / f"{name.replace('/', '_')}.png")
+        _to_tensorboard(trainer, name, figure)
+
+
+def _to_tensorboard(trainer: Trainer, name: str, figure: Figure) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_figure(name, figure, trainer.global_step, close=False)
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -123,7 +156,7 @@ def run_folder(trainer: Trainer) -> Path:
 def _settle(trainer: Trainer, pl_module: LightningModule, opened: _Open) -> Account:
     """The account with the module as it is now; both networks are timed the first time."""
     small = compact(inference_copy(pl_module), opened.example_input)
-    after = count(small, opened.example_input, bits=opened.bits)
+    after = count(small, opened.example_input, bits=opened.bits, costs=opened.costs)
     if opened.account is not None:
         return replace(opened.account, after=replace(after, latency=opened.account.after.latency))
     dense, opened.dense = opened.dense, None

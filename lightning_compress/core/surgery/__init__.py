@@ -6,11 +6,14 @@ apply_cuts(network, plan.cuts(graph))              # physically narrow, any modu
 """
 
 from lightning_compress.core.surgery.fit import (
+    change_in_fit,
+    change_in_setup,
     check_trainer,
     replay_in_setup,
     resume_path,
     shrink_in_fit,
     shrink_in_setup,
+    undo_changes,
 )
 from lightning_compress.core.surgery.graph import ChannelGraph, Group
 from lightning_compress.core.surgery.plan import (
@@ -23,7 +26,7 @@ from lightning_compress.core.surgery.plan import (
     widths,
 )
 from lightning_compress.core.surgery.probe import channel_graph, check_cuts
-from lightning_compress.core.surgery.record import Record, attach_record, load, read_checkpoint, read_steps
+from lightning_compress.core.surgery.record import Record, attach_record, load, read_checkpoint, read_steps, replayable
 from lightning_compress.core.surgery.shrink import apply_cuts, carry_optimizer
 
 __all__ = [
@@ -36,6 +39,8 @@ __all__ = [
     "apply_cuts",
     "attach_record",
     "carry_optimizer",
+    "change_in_fit",
+    "change_in_setup",
     "channel_graph",
     "check_cuts",
     "check_trainer",
@@ -45,9 +50,11 @@ __all__ = [
     "read_checkpoint",
     "read_steps",
     "replay_in_setup",
+    "replayable",
     "resume_path",
     "scaled_macs",
     "shrink_in_fit",
     "shrink_in_setup",
+    "undo_changes",
     "widths",
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -18,8 +19,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_compress.core.surgery.plan import Cut
-from lightning_compress.core.surgery.record import Step, attach_record, same_steps
-from lightning_compress.core.surgery.shrink import carry_optimizer
+from lightning_compress.core.surgery.record import Change, Step, attach_record, same_steps
+from lightning_compress.core.surgery.shrink import Swap, carry_optimizer
 
 
 def check_trainer(trainer: Trainer, by: str, *, in_fit: bool) -> None:
@@ -64,17 +65,61 @@ def shrink_in_setup(trainer: Trainer, pl_module: LightningModule, cuts: Sequence
     attach_record(pl_module).cut(pl_module, cuts, by=by, epoch=trainer.current_epoch)
 
 
+def change_in_setup(
+    trainer: Trainer, pl_module: LightningModule, change: Change, arguments: Mapping[str, Any], *, by: str
+) -> None:
+    """Change a module in a callback's `setup` by a :func:`replayable` function; what it attaches is saved and reloaded.
+
+    Args:
+        change: ``change(module, **arguments)``.
+        by: the method, for the record: its `state_key`.
+
+    Raises:
+        MisconfigurationException: see :func:`check_trainer`.
+    """
+    check_trainer(trainer, by.partition("{")[0], in_fit=False)
+    attach_record(pl_module).change(pl_module, change, arguments, by=by, epoch=trainer.current_epoch)
+
+
+def undo_changes(pl_module: LightningModule, *, by: str) -> None:
+    """Take out of the module, and of its record, what one method attached for the time of a search.
+
+    In mid-fit, call :func:`shrink_in_fit` or :func:`change_in_fit` next: they settle optimisers and DDP.
+    """
+    attach_record(pl_module).undo_changes(pl_module, by=by)
+
+
 def shrink_in_fit(trainer: Trainer, cuts: Sequence[Cut], *, by: str) -> None:
-    """Narrow the module in `on_train_epoch_start`.
+    """Narrow the module in `on_train_epoch_start` or `on_train_batch_start`.
 
     Optimisers keep their groups and the kept slices of their state, LR schedulers go on, DDP is wrapped again, and
     scores of the wider network are forgotten by `ModelCheckpoint`, `EarlyStopping` and `ReduceLROnPlateau`. Call
     :func:`check_trainer` in `setup`, so that what cannot work is refused before the first step.
     """
     pl_module = trainer.lightning_module
-    swaps = attach_record(pl_module).cut(pl_module, cuts, by=by, epoch=trainer.current_epoch)
+    _settle(trainer, attach_record(pl_module).cut(pl_module, cuts, by=by, epoch=trainer.current_epoch))
+
+
+def change_in_fit(trainer: Trainer, change: Change, arguments: Mapping[str, Any], *, by: str) -> None:
+    """Change the module by a :func:`replayable` function where :func:`shrink_in_fit` may cut it.
+
+    Parameters that are gone leave the optimisers' groups; none may come, as the optimisers would not know them.
+    """
+    pl_module = trainer.lightning_module
+    attach_record(pl_module).change(pl_module, change, arguments, by=by, epoch=trainer.current_epoch)
+    _settle(trainer, [])
+
+
+def _settle(trainer: Trainer, swaps: Sequence[Swap]) -> None:
+    """Let optimisers, DDP and score keepers follow a network that has just changed."""
+    pl_module = trainer.lightning_module
+    own = {id(p) for p in pl_module.parameters()} | {id(swap.new) for swap in swaps}
     for optimizer in trainer.optimizers:
         carry_optimizer(optimizer, swaps)
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) in own]
+        for gone in [p for p in optimizer.state if id(p) not in own]:
+            del optimizer.state[gone]
     for swap in swaps:
         swap.old.grad = None
     if isinstance(trainer.strategy, DDPStrategy):

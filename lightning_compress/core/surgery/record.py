@@ -2,12 +2,16 @@
 
 A network that lost channels cannot load into a fresh copy of itself: the shapes differ. So the module carries a
 :class:`Record` of its surgery in its own `state_dict`, and a hook that runs before any tensor is loaded replays it.
+What cannot be said as cuts (a block that goes, a controller that comes) is a *change*: the name of a function marked
+:func:`replayable`, and its arguments as plain data.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,8 +29,34 @@ from lightning_compress.core.surgery.shrink import Swap, apply_cuts, reshape_ten
 # Whoever loads such a checkpoint plainly reads this name in torch's "unexpected key" message.
 NAME = "load_this_with_lightning_compress_load"
 KEY = f"{NAME}._extra_state"
-Step = dict[str, Any]  # {"by": who, "epoch": when, "cuts": [(tensor, dim, size, kept), ...]}
+# {"by": who, "epoch": when, "cuts": [(tensor, dim, size, kept), ...]}, or instead of cuts
+# {"change": import path of a replayable function, "arguments": {...}}
+Step = dict[str, Any]
+Undo = Callable[[nn.Module], None]
+Change = Callable[..., Undo]  # (module, **arguments), changes the module in place
 Module = TypeVar("Module", bound=LightningModule)
+_PACKAGE = __name__.partition(".")[0]
+
+
+def replayable(change: Change) -> Change:
+    """Mark a function of this package as one that a checkpoint may name.
+
+    ``change(module, **arguments)`` changes the structure of a module in place, makes room for every tensor that a
+    state dict will fill, and returns ``undo(module)``, which takes it back. Its arguments are primitives, lists, dicts
+    and tensors. The record is copied and pickled with its module, so ``undo`` is a function of a file or a
+    `functools.partial` of one, no closure.
+    """
+    change.replayable = True  # type: ignore[attr-defined]
+    return change
+
+
+def _find_change(path: str) -> Change:
+    """A checkpoint may name functions of this package that are meant for it, and no others."""
+    module, _, name = path.rpartition(".")
+    found = getattr(import_module(module), name, None) if module.startswith(f"{_PACKAGE}.") else None
+    if not getattr(found, "replayable", False):
+        raise ValueError(f"The recorded surgery asks for {path!r}, which this version of {_PACKAGE} does not have.")
+    return found  # type: ignore[return-value]
 
 
 class Record(nn.Module):
@@ -35,7 +65,7 @@ class Record(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.steps: list[Step] = []
-        self._unsaved: dict[str, Tensor] = {}  # dense values of cut buffers that no state dict brings back
+        self._undos: list[Undo] = []  # one per step
         self.register_state_dict_post_hook(_leave_out_if_empty)
 
     def cut(self, module: nn.Module, cuts: Sequence[Cut], *, by: str, epoch: int) -> list[Swap]:
@@ -44,39 +74,55 @@ class Record(nn.Module):
         self.steps.append({"by": by, "epoch": epoch, "cuts": [tuple(c) for c in cuts]})
         return swaps
 
+    def change(self, module: nn.Module, change: Change, arguments: Mapping[str, Any], *, by: str, epoch: int) -> None:
+        """Change `module` by a :func:`replayable` function and note it."""
+        path = f"{change.__module__}.{change.__qualname__}"
+        self._undos.append(_find_change(path)(module, **arguments))
+        self.steps.append({"by": by, "epoch": epoch, "cuts": [], "change": path, "arguments": dict(arguments)})
+
+    def undo_changes(self, module: nn.Module, *, by: str) -> None:
+        """Take the changes of one method out of the module and of the record; its cuts stay.
+
+        Meant for what lives as long as a search. Later steps must not build on it.
+        """
+        for index in reversed(range(len(self.steps))):
+            if self.steps[index]["by"] == by and self.steps[index].get("change"):
+                del self.steps[index]
+                self._undos.pop(index)(module)
+
     def get_extra_state(self) -> dict[str, Any]:
-        return {"version": __version__, "steps": self.steps}
+        return {"version": __version__, "steps": list(self.steps)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.steps = state["steps"]
+        self.steps = list(state["steps"])
 
     def replay(self, module: nn.Module, steps: Sequence[Step]) -> None:
-        """Give `module`, dense or narrowed in whatever way, the structure that `steps` lead to.
+        """Give `module`, dense or changed in whatever way, the structure that `steps` lead to.
 
         Tensors that had to change back hold zeros: their values are about to be loaded.
         """
-        done = len(self.steps) if same_steps(self.steps, steps[: len(self.steps)]) else 0
-        if self.steps and not done:
-            reshape_tensors(module, self._dense_shapes(module), self._unsaved)
-        for step in steps[done:]:
-            self._cut(module, [Cut(*c) for c in step["cuts"]])
-        self.steps = list(steps)
+        if not same_steps(self.steps, steps[: len(self.steps)]):
+            while self.steps:
+                del self.steps[-1]
+                self._undos.pop()(module)
+        for step in steps[len(self.steps) :]:
+            if step.get("change"):
+                self._undos.append(_find_change(step["change"])(module, **step["arguments"]))
+            else:
+                self._cut(module, [Cut(*c) for c in step["cuts"]])
+            self.steps.append(step)
 
     def _cut(self, module: nn.Module, cuts: Sequence[Cut]) -> list[Swap]:
         swaps = apply_cuts(module, cuts)
+        shapes = {swap.name: swap.old.shape for swap in swaps}
+        # buffers that no state dict brings back
+        unsaved = {}
         for swap in swaps:
             owner, _, key = swap.name.rpartition(".")
             if key in module.get_submodule(owner)._non_persistent_buffers_set:
-                self._unsaved.setdefault(swap.name, swap.old)
+                unsaved[swap.name] = swap.old
+        self._undos.append(partial(reshape_tensors, shapes=shapes, values=unsaved))
         return swaps
-
-    def _dense_shapes(self, module: nn.Module) -> dict[str, list[int]]:
-        shapes = {n: list(t.shape) for n, t in [*module.named_parameters(), *module.named_buffers()]}
-        cut = {c[0] for step in self.steps for c in step["cuts"]}
-        for step in reversed(self.steps):
-            for tensor, dim, size, _ in step["cuts"]:
-                shapes[tensor][dim] = size
-        return {n: s for n, s in shapes.items() if n in cut}
 
 
 def attach_record(module: nn.Module) -> Record:
@@ -166,11 +212,20 @@ def _leave_out_if_empty(record: nn.Module, state_dict: dict[str, Any], prefix: s
 
 
 def same_steps(left: Sequence[Step], right: Sequence[Step]) -> bool:
-    """Whether two histories cut the same."""
-    return len(left) == len(right) and all(
-        len(a["cuts"]) == len(b["cuts"])
-        and all(
-            tuple(x[:3]) == tuple(y[:3]) and torch.equal(x[3], y[3]) for x, y in zip(a["cuts"], b["cuts"], strict=True)
-        )
-        for a, b in zip(left, right, strict=True)
-    )
+    """Whether two histories cut and change the same."""
+
+    def deeds(steps: Sequence[Step]) -> list[Any]:
+        return [(step["cuts"], step.get("change", ""), step.get("arguments", {})) for step in steps]
+
+    return _same(deeds(left), deeds(right))
+
+
+def _same(left: Any, right: Any) -> bool:
+    """Equality of nested plain data that may hold tensors; a tuple may have become a list on the way."""
+    if isinstance(left, Tensor) or isinstance(right, Tensor):
+        return isinstance(left, Tensor) and isinstance(right, Tensor) and torch.equal(left.cpu(), right.cpu())
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+        return left.keys() == right.keys() and all(_same(value, right[key]) for key, value in left.items())
+    if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
+        return len(left) == len(right) and all(map(_same, left, right))
+    return bool(left == right)

@@ -232,3 +232,17 @@ def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
     torch.save({"state_dict": Exploit()}, tmp_path / "evil.ckpt")
     with pytest.raises(MisconfigurationException, match="not safe to load"):
         read_checkpoint(tmp_path / "evil.ckpt")
+
+
+# ---- changes that are no cuts
+# (their functions live in the package, since a checkpoint may name no others; see also the tests of the methods)
+
+
+def test_a_checkpoint_may_name_no_other_function() -> None:
+    module = Residual()
+    attach_record(module)
+    for path in ("os.system", "lightning_compress.core.surgery.record.read_checkpoint", "lightning_compress.nothing"):
+        step = {"by": "test", "epoch": 0, "cuts": [], "change": path, "arguments": {}}
+        with pytest.raises(ValueError, match=path):
+            attach_record(module).replay(module, [step])
+    assert not attach_record(module).steps

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_compress.core.fresh_start import FreshStart
 from lightning_compress.core.select import did_you_mean
 from lightning_compress.core.surgery import ChannelGraph
 from lightning_compress.core.surgery.compact import norms_reading
@@ -34,7 +34,7 @@ class Stages:
         self.stage = -1
         self.best: float | None = None
         self.best_weights: dict[str, Tensor] = {}
-        self.initial: dict[str, list[dict[str, Any]]] = {}
+        self.initial: FreshStart | None = None
         self._positions: dict[str, dict[str, Tensor]] = {}  # layer -> norm -> where its channels are
         self._handles: list[Any] = []
         self._masks: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -48,7 +48,7 @@ class Stages:
             ValueError: a number in `train_after` is no layer's.
         """
         self.layers = list(layers)
-        self.stage, self.best, self.best_weights, self.initial = -1, None, {}, {}
+        self.stage, self.best, self.best_weights, self.initial = -1, None, {}, None
         last = len(self.layers)
         if self.train_after is None:
             self.train_after = range(1, last + 1)
@@ -90,20 +90,14 @@ class Stages:
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """At every epoch's start: go to the next stage when its time has come."""
-        if not self.initial:
-            self.initial = {
-                "optimizers": [deepcopy(o.state_dict()) for o in trainer.optimizers],
-                "schedulers": [deepcopy(c.scheduler.state_dict()) for c in trainer.lr_scheduler_configs],
-            }
+        if self.initial is None:
+            self.initial = FreshStart.of(trainer)
         assert self.train_after is not None
         stage = min(trainer.current_epoch // self.epochs, len(self.train_after) - 1)
         if stage != self.stage:
             if self.stage >= 0:
                 self.take_best(pl_module)
-                for optimizer, state in zip(trainer.optimizers, self.initial["optimizers"], strict=True):
-                    optimizer.load_state_dict(deepcopy(state))
-                for config, state in zip(trainer.lr_scheduler_configs, self.initial["schedulers"], strict=True):
-                    config.scheduler.load_state_dict(deepcopy(state))
+                self.initial.restore(trainer)
             self.stage = stage
             self.best, self.best_weights = None, {}
         self._masks = self._build(pl_module)
@@ -167,9 +161,9 @@ class Stages:
 
     def state_dict(self) -> dict[str, Any]:
         return {"kept": self.kept, "stage": self.stage, "best": self.best, "best_weights": self.best_weights,
-                "initial": self.initial}  # fmt: skip
+                "initial": self.initial.state_dict() if self.initial else None}  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.kept, self.stage = state["kept"], state["stage"]
         self.best, self.best_weights = state["best"], state["best_weights"]
-        self.initial = state["initial"]
+        self.initial = FreshStart.from_state_dict(state["initial"]) if state["initial"] else None
