@@ -80,3 +80,30 @@ def test_watchers_stay_behind():
         handle.remove()
     assert not has_watchers(net)
     assert not has_watchers(prepared("prune"))
+
+
+class Gate:
+    """A forward hook that is part of the function, and refers to another module of the network."""
+
+    part_of_function = True
+
+    def __init__(self, other: nn.Module) -> None:
+        self.other = other
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        return out * self.other.weight.sum()
+
+
+def test_a_hook_that_is_part_of_the_function_comes_along():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    net[0].register_forward_hook(Gate(net[1]))
+    net[0].register_forward_hook(lambda *_: pytest.fail("watched"))
+    clone = inference_copy(net)
+    (gate,) = clone[0]._forward_hooks.values()
+    assert gate.other is clone[1]
+    x = torch.rand(2, 3)
+    expected = net[1](torch.nn.functional.linear(x, net[0].weight, net[0].bias) * net[1].weight.sum())
+    torch.testing.assert_close(clone(x), expected)
+    assert has_watchers(net)
+    assert not has_watchers(clone)

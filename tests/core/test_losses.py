@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_compress.core.losses import LossTermsMixin, add_loss_term
+from lightning_compress.core.losses import LossTermsMixin, add_loss_term, around_training_step
 
 
 class Regression(LightningModule):
@@ -234,3 +236,52 @@ def test_a_term_must_be_a_scalar() -> None:
     add_loss_term(module, "toy", "x", lambda *_: torch.ones(3))
     with pytest.raises(ValueError, match=r"train/toy/x: expected a scalar, got a tensor of shape \(3,\)"):
         module.training_step((torch.ones(2, 4), torch.ones(2, 1)), 0)
+
+
+# ---- around the step
+
+
+class Around(Callback):
+    """Notes what happens between the entry and the exit of every training step, with and without a term."""
+
+    def __init__(self, term: bool) -> None:
+        self.term = term
+        self.events: list[str] = []
+
+    @contextmanager
+    def note(self, batch: Any) -> Iterator[None]:
+        self.events.append(f"in {len(batch[0])}")
+        yield
+        self.events.append("out")
+
+    def count(self, *_: Any) -> Tensor:
+        self.events.append("term")
+        return torch.tensor(0.0)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.handles: list[Any] = [around_training_step(pl_module, "test", self.note)]
+        if self.term:
+            self.handles.append(add_loss_term(pl_module, "test", "count", self.count))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("term", [False, True])
+def test_a_context_surrounds_step_and_terms(term: bool, tmp_path: Any) -> None:
+    module, around = Regression(), Around(term)
+    data = DataLoader(TensorDataset(torch.ones(6, 4), torch.ones(6, 1)), 4)
+    trainer = Trainer(max_epochs=1, callbacks=[around], default_root_dir=tmp_path, logger=False,
+                      enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")  # fmt: skip
+    trainer.fit(module, data)
+    middle = ["term"] if term else []
+    assert around.events == ["in 4", *middle, "out", "in 2", *middle, "out"]
+    assert "training_step" not in vars(module)
+
+
+def test_a_context_needs_a_step_that_gets_its_batch() -> None:
+    module = Regression()
+    module.automatic_optimization = False
+    with pytest.raises(MisconfigurationException, match="optimises manually"):
+        around_training_step(module, "test", Around(False).note)

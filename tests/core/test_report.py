@@ -19,13 +19,15 @@ from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 
 from lightning_compress.core import plots
-from lightning_compress.core.measurement import disk_bytes, time_in_turns
+from lightning_compress.core.measurement import count, disk_bytes, time_in_turns
 from lightning_compress.core.profile import Latency
 from lightning_compress.core.report import (
     Account,
+    LayerCost,
     LayerRow,
     Measurement,
     close_account,
+    log_figure,
     measure,
     open_account,
     run_folder,
@@ -444,3 +446,23 @@ def test_both_networks_are_timed_on_the_device_of_the_fit(tmp_path):
     name = torch.cuda.get_device_name()
     assert method.account.before.latency.device_name == method.account.after.latency.device_name == name
     assert measure(network().cuda(), (1, 3, 10, 10)).latency.device_name == name
+
+
+def test_costs_of_layers_that_their_plain_form_does_not_show():
+    conv = nn.Conv2d(4, 8, 3, bias=False)
+    dense = count(conv, (1, 4, 6, 6))
+    cheap = count(conv, (1, 4, 6, 6), costs={"": LayerCost(macs=100, params=20, bytes=33)})
+    assert (dense.macs, dense.params) == (4608, 288)
+    assert (cheap.macs, cheap.effective_macs, cheap.params, cheap.nonzeros, cheap.bytes) == (100, 100, 20, 20, 33)
+
+
+def test_a_picture_goes_into_the_folder_of_the_run(tmp_path):
+    trainer = Trainer(default_root_dir=tmp_path, logger=False)
+    figure = plots.heat_map(torch.tensor([[0.0, 1.0], [2.0, 3.0]]), title="scores", rows=["a", "b"])
+    shown = figure.axes[0].images[0].get_array()
+    assert shown.tolist() == [[0, 1], [2, 3]]
+    log_figure(trainer, "white_box/scores", figure)
+    log_figure(trainer, "curves", plots.lines({"x": [1.0, 2.0]}, title="t", x_label="epoch", y_label="bits"))
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["curves.png", "white_box_scores.png"]
+    log_figure(Trainer(default_root_dir=tmp_path, fast_dev_run=True), "none", figure)
+    assert not (tmp_path / "none.png").exists()
