@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from functools import cache
+from pydoc import locate
 from typing import Any
 
 import pytest
@@ -82,8 +83,9 @@ def test_no_config_is_empty_or_elsewhere():
 
 
 @cache
-def dense(network: str, num_classes: int, input_shape: tuple[int, ...]) -> ImageClassifier:
-    return ImageClassifier(network, num_classes=num_classes, input_shape=input_shape)  # type: ignore[arg-type]
+def dense(network: str | tuple[Any, ...], num_classes: int, input_shape: tuple[int, ...]) -> ImageClassifier:
+    built: Any = network if isinstance(network, str) else locate(network[0])(**dict(network[1:]))  # type: ignore[operator]
+    return ImageClassifier(built, num_classes=num_classes, input_shape=input_shape)  # type: ignore[arg-type]
 
 
 @cache
@@ -96,11 +98,15 @@ def pruner_and_network(row: Row) -> tuple[Any, tuple[Any, ...]]:
     config = parse(row.config)
     method, model = config.trainer.callbacks[0], config.model.init_args
     pruner = getattr(callbacks, method.class_path.rpartition(".")[2])(**method.init_args.as_dict())
-    return pruner, (model.network, model.num_classes, tuple(model.input_shape))
+    network = model.network
+    if not isinstance(network, str):  # something to hash
+        network = (network.class_path, *network.init_args.as_dict().items())
+    return pruner, (network, model.num_classes, tuple(model.input_shape))
 
 
 def rows(sequential: bool) -> list[Row]:
-    found = [row for card in cards("ready") for row in card.published]
+    stated = [card for card in cards("ready") if hasattr(getattr(callbacks, card.name, None), "ratios")]
+    found = [row for card in stated for row in card.published]
     return [row for row in found if row.setting.startswith("sequential") == sequential]
 
 

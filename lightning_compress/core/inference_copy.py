@@ -28,6 +28,7 @@ def inference_copy(module: nn.Module) -> nn.Module:
     * Hooks are left behind, since they belong to callbacks that watch the training. Forward hooks stay where
       they are part of the function: torch's own (``weight_norm``, ``spectral_norm``, ``prune``), and those with
       an attribute ``part_of_function`` that is true, which are copied with the module.
+    * Modules with an attribute ``training_only`` that is true are left out; None is in their place.
     * Parametrised weights (masks, fake quantisers, low-rank products) are replaced by their value.
     * Compiled modules are replaced by what they were compiled from.
 
@@ -37,6 +38,18 @@ def inference_copy(module: nn.Module) -> nn.Module:
     >>> handle = conv.register_forward_hook(lambda *_: print("watched"))
     >>> out = inference_copy(conv)(torch.zeros(1, 3, 8, 8))  # prints nothing
     """
+    clone = plain_copy(module).eval()
+    for submodule in list(clone.modules()):
+        for name, child in list(submodule.named_children()):
+            if getattr(child, "training_only", False):
+                setattr(submodule, name, None)
+        if parametrize.is_parametrized(submodule):
+            _bake(submodule)
+    return clone
+
+
+def plain_copy(module: nn.Module) -> nn.Module:
+    """Copy ``module`` as :func:`inference_copy` does, but ready to be trained: modes and parametrisations stay."""
     memo = _not_copied(module)
     copied = deepcopy(module, memo)
     for original, other in zip(module.modules(), copied.modules(), strict=True):
@@ -53,10 +66,6 @@ def inference_copy(module: nn.Module) -> nn.Module:
             vars(submodule).pop("forward", None)
         if "_trainer" in vars(submodule):
             vars(submodule)["_trainer"] = None
-    clone.eval()
-    for submodule in list(clone.modules()):
-        if parametrize.is_parametrized(submodule):
-            _bake(submodule)
     return clone
 
 

@@ -1,5 +1,6 @@
 """LightningModules: a task to train, or a method that is a training system of its own."""
 
 from lightning_compress.modules.image_classifier import ImageClassifier
+from lightning_compress.modules.pruning.gal import GAL
 
-__all__ = ["ImageClassifier"]
+__all__ = ["GAL", "ImageClassifier"]

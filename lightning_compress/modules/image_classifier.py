@@ -40,6 +40,9 @@ class ImageClassifier(LightningModule):
         MisconfigurationException: the datamodule has other classes or image shapes, or batches lack labels.
     """
 
+    # arguments that are objects or belong to one machine: checkpoints hold plain values, to load with weights_only=True
+    NOT_SAVED: tuple[str, ...] = ("optimizer", "lr_scheduler", "weights")
+
     def __init__(
         self,
         network: nn.Module | str,
@@ -57,9 +60,7 @@ class ImageClassifier(LightningModule):
             raise ValueError(f"lr_scheduler_interval: expected 'epoch' or 'step', got {lr_scheduler_interval!r}.")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing: expected a share in [0, 1), got {label_smoothing}.")
-        # only plain values go into checkpoints, so that they load with weights_only=True
-        ignore = ["optimizer", "lr_scheduler", "weights"] + ["network"] * isinstance(network, nn.Module)
-        self.save_hyperparameters(ignore=ignore)
+        self.save_hyperparameters(ignore=[*self.NOT_SAVED, *["network"] * isinstance(network, nn.Module)])
         self.network = _build(network, num_classes, input_shape[0]) if isinstance(network, str) else network
         if weights is not None:
             from lightning_compress.networks.find import load_weights
@@ -87,7 +88,7 @@ class ImageClassifier(LightningModule):
             theirs, ours = getattr(datamodule, attribute, None), getattr(self, attribute)
             if theirs is not None and theirs != ours:
                 raise MisconfigurationException(
-                    f"{attribute}: {type(datamodule).__name__} has {theirs}, ImageClassifier got {ours}."
+                    f"{attribute}: {type(datamodule).__name__} has {theirs}, {type(self).__name__} got {ours}."
                 )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -117,7 +118,7 @@ class ImageClassifier(LightningModule):
     def _step(self, split: str, batch: Any, accuracy: MulticlassAccuracy, label_smoothing: float = 0.0) -> Tensor:
         if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
             raise MisconfigurationException(
-                f"ImageClassifier: the {split} batches must be (images, labels), got {_describe(batch)}."
+                f"{type(self).__name__}: the {split} batches must be (images, labels), got {_describe(batch)}."
             )
         images, labels = batch
         logits = self(images)

@@ -7,6 +7,7 @@ from lightning_compress.networks.densenet_cifar import CIFARDenseNet, densenet40
 from lightning_compress.networks.find import build, load_weights
 from lightning_compress.networks.googlenet_cifar import CIFARGoogLeNet, googlenet_cifar
 from lightning_compress.networks.lenet import LeNet5, lenet5
+from lightning_compress.networks.mobilenet_v2_cifar import CIFARMobileNetV2, mobilenet_v2_cifar
 from lightning_compress.networks.resnet_cifar import (
     CIFARResNet,
     resnet20,
@@ -21,6 +22,7 @@ __all__ = [
     "CIFARVGG",
     "CIFARDenseNet",
     "CIFARGoogLeNet",
+    "CIFARMobileNetV2",
     "CIFARResNet",
     "ChannelShortcut",
     "LeNet5",
@@ -29,6 +31,7 @@ __all__ = [
     "googlenet_cifar",
     "lenet5",
     "load_weights",
+    "mobilenet_v2_cifar",
     "resnet20",
     "resnet32",
     "resnet44",

@@ -12,6 +12,7 @@ from lightning_compress.core.select import did_you_mean
 from lightning_compress.networks.densenet_cifar import densenet40
 from lightning_compress.networks.googlenet_cifar import googlenet_cifar
 from lightning_compress.networks.lenet import lenet5
+from lightning_compress.networks.mobilenet_v2_cifar import mobilenet_v2_cifar
 from lightning_compress.networks.resnet_cifar import resnet20, resnet32, resnet44, resnet56, resnet110
 from lightning_compress.networks.vgg_cifar import vgg16_cifar, vgg19_cifar
 
@@ -27,6 +28,7 @@ OWN: dict[str, Callable[..., nn.Module]] = {
         vgg19_cifar,
         densenet40,
         googlenet_cifar,
+        mobilenet_v2_cifar,
         lenet5,
     )
 }

@@ -25,7 +25,24 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "hrank": {"num_batches": 1, "rank_batch_size": 32},
     "hrank sequential": {"mode": "sequential", "num_batches": 1, "rank_batch_size": 32, "epochs_per_layer": 2,
                          "stage_layers": [2], "monitor": "val_acc"},
+    # With one tenth as the only choice, every search ends with the same widths: in one and in two processes.
+    "abc_pruner": {"max_preserve": 1, "food_number": 2, "max_cycle": 1, "calfitness_epoch": 1, "fitness_batches": 1,
+                   "monitor": "val_acc"},
+    "ssr": {"lambda_": 100.0, "steps_per_layer": 1, "finetune_steps": 1, "update_fy_step": 1},
+    "ssr joint": {"lambda_": 100.0, "mode": "joint", "norm": "l20", "steps_per_layer": 6, "finetune_steps": 1,
+                  "update_fy_step": 2, "include_norm": True},
+    # So many channels fall at once that every layer keeps its least: two instances then narrow their layers alike.
+    "white_box": {"end_epoch": 2, "start_keep": 0.05, "target_macs": 0.8},
+    "white_box official": {"end_epoch": 2, "fold": "official", "scale_unused": True, "flops_rule": "with_bn",
+                           "position": "after_activation", "last_layer": "random", "normalize_guide": False},
+    "gal": {"start_epoch": 0, "search_epochs": 1, "mask_step": 2},
+    "architecture_decoupling": {"num_batches": 1},
+    "gal joint": {"start_epoch": 1, "search_epochs": 1, "mask_step": 2, "mask_points": "joint"},
 }  # fmt: skip
+
+
+# Methods that compute less for every image, but keep all weights, and bring some.
+KEEP_WEIGHTS = ("architecture_decoupling",)
 
 
 @dataclass
@@ -62,6 +79,11 @@ class Case:
     def compresses(self) -> bool:
         """Whether its account must show less than before."""
         return self.card.family in ("pruning", "sparsity", "quantization")
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether only the MACs are less than before."""
+        return self.card.slug in KEEP_WEIGHTS
 
     def parts(self, **changes: Any) -> Parts:
         """A callback goes onto a module that is not ours; a method that is a module comes as in its own recipe."""

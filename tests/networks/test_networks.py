@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_compress.networks import LeNet5, build, densenet40, googlenet_cifar, vgg16_cifar
+from lightning_compress.networks import LeNet5, build, densenet40, googlenet_cifar, mobilenet_v2_cifar, vgg16_cifar
 from lightning_compress.networks.find import OWN
+from lightning_compress.networks.mobilenet_v2_cifar import InvertedResidual
 
 NAMES = [name for name in OWN if name not in ("resnet32", "resnet44", "resnet110")]
 
@@ -37,14 +38,16 @@ def test_logits_and_gradients(network, images):
 
 def test_every_relu_is_a_module_that_runs_once(network, images):
     calls = Counter()
-    relus = {m: name for name, m in network.named_modules() if isinstance(m, nn.ReLU)}
+    relus = {m: name for name, m in network.named_modules() if isinstance(m, (nn.ReLU, nn.ReLU6))}
     handles = [m.register_forward_hook(lambda m, *_: calls.update([relus[m]])) for m in relus]
     network.eval()(images)
     for handle in handles:
         handle.remove()
     assert calls == Counter(dict.fromkeys(relus.values(), 1))
     norms = sum(isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) for m in network.modules())
-    assert len(relus) == (norms or 3)
+    inverted = [m for m in network.modules() if isinstance(m, InvertedResidual)]
+    linear = sum(1 + isinstance(m.shortcut, nn.Sequential) for m in inverted)
+    assert len(relus) == (norms - linear or 3)
 
 
 def test_copies_pickles_and_exports(network, images):
@@ -70,6 +73,13 @@ def test_layer_names():
         168,
         312,
         444,
+    ]
+    mobile = dict(mobilenet_v2_cifar().named_modules())
+    assert [mobile[f"layers.{i}.conv2"].groups for i in range(17)] == [
+        *(32, 96, 144, 144, 192, 192, 192, 384, 384, 384, 384, 576, 576, 576, 960, 960, 960)
+    ]
+    assert [name for name in mobile if name.endswith("shortcut.0")] == [
+        f"layers.{i}.shortcut.0" for i in (0, 1, 3, 10, 16)
     ]
     google = dict(googlenet_cifar().named_modules())
     assert google["a3.branch5x5.mid.conv"].weight.shape == (32, 16, 3, 3)

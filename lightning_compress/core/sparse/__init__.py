@@ -1,0 +1,1 @@
+"""Formats for weights that are stored with fewer numbers than they have: shared kernels, packed indices."""

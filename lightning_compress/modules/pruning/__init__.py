@@ -1,0 +1,1 @@
+"""Pruning methods that are a training system of their own."""
