@@ -1,11 +1,13 @@
 """KSE on ResNet-50 against a loop over channels.
 
-Ours: indicator of all channels of a layer in one go, k-means of all channels with the same budget and of all restarts in
-one go. Theirs: for each input channel scikit-learn's nearest neighbours, then its KMeans with the same first centres
+Ours: indicator of all channels of a layer in one go, k-means of all channels with the same budget and of all restarts
+in one go. Theirs: for each input channel scikit-learn's nearest neighbours, then its KMeans with the same first centres
 (greedy k-means++), restarts, steps and tolerance; the authors' code calls the neighbours even once per kernel.
 
 Ours runs on one layer of every shape and counts as often as the shape occurs. The loop runs on a few channels of the
 same layers, of every budget, and counts for all of them: it would take half an hour. One thread for both.
+
+Beside it: the latency of the form with fewer multiply-accumulates (`with_fewer_kernels`) against the dense network.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import torchvision
-from _alternate import Claim, machine, report, threads
+from _alternate import Claim, best_times, machine, milliseconds, report, threads
 from sklearn.cluster import KMeans
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
@@ -25,7 +27,16 @@ from torch import Tensor, nn
 
 from lightning_compress.callbacks import KSE
 from lightning_compress.callbacks.pruning.kse.indicator import kernel_entropy
-from lightning_compress.core.sparse.shared_kernels import SharedKernels
+from lightning_compress.core.inference_copy import inference_copy
+from lightning_compress.core.profile import profile
+from lightning_compress.core.sparse.shared_kernels import (
+    SharedKernels,
+    set_kernels,
+    share_kernels,
+    shared_convolutions,
+    with_fewer_kernels,
+)
+from lightning_compress.networks.find import build
 
 CHANNELS = 4  # of a layer that the loop looks for neighbours in
 CLUSTERED = 2  # of every budget that it clusters
@@ -57,6 +68,8 @@ def claims() -> Iterator[Claim]:
     for part, (mine, loop) in total.items():
         yield Claim(f"the {part} alone", loop / mine, detail=f"{mine:.1f} s against {loop:.0f} s")
     ratio = np.array(inertias).sum(0)
+    for name, size in (("resnet56", 32), ("resnet50", 224)):
+        yield latency(name, size, method)
     yield Claim("sum of squared distances of ours over scikit-learn's", ratio[0] / ratio[1], 1.01, at_most=True)
 
 
@@ -74,7 +87,7 @@ def measure(weight: Tensor, method: KSE) -> tuple[dict[str, tuple[float, float]]
     start = time.perf_counter()
     entropies = [entropy(points, method.k_neighbors) for points in kernels[:CHANNELS]]
     loop_indicator = (time.perf_counter() - start) / CHANNELS * len(kernels)
-    torch.testing.assert_close(torch.tensor(entropies), kernel_entropy(weight)[:CHANNELS], rtol=1e-4, atol=0)
+    torch.testing.assert_close(torch.tensor(entropies).double(), kernel_entropy(weight)[:CHANNELS], rtol=1e-4, atol=0)
 
     loop_clustering, inertia = 0.0, np.zeros(2)
     for (q, channels, _), index in zip(form.shared, indices, strict=True):
@@ -86,6 +99,25 @@ def measure(weight: Tensor, method: KSE) -> tuple[dict[str, tuple[float, float]]
             inertia += [spread(kernels[c], index[:, i].numpy()), spread(kernels[c], labels)]
     times = {"indicator": (indicator, loop_indicator), "clustering": (clustering, loop_clustering)}
     return times, (inertia[0], inertia[1])
+
+
+def latency(name: str, size: int, method: KSE) -> Claim:
+    """Any indices do: they do not change the work."""
+    network = build(name).eval()
+    convs = [(n, m) for n, m in network.named_modules() if isinstance(m, nn.Conv2d)][1:]
+    dense = {n: m.weight.detach().clone() for n, m in convs}
+    forms = {n: dict(zip(("levels", "budgets"), method.levels(w), strict=True)) for n, w in dense.items()}
+    share_kernels(network, forms)
+    for n, conv, form in shared_convolutions(network):
+        set_kernels(conv, [torch.randint(q, index.shape) for q, _, index in form.shared], dense[n])
+    whole, fewer = inference_copy(network), with_fewer_kernels(network)
+    x = torch.randn(1, 3, size, size)
+    with torch.inference_mode(), threads(1):
+        torch.testing.assert_close(fewer(x), whole(x), atol=1e-3, rtol=1e-3)
+        times = best_times(5, lambda: whole(x), lambda: fewer(x))
+    share = profile(fewer, x).macs / profile(whole, x).macs
+    what = f"latency of dense {name} over that of its form with {share:.0%} of the MACs, one image"
+    return Claim(what, times[0] / times[1], detail=milliseconds(*times))
 
 
 def entropy(points: np.ndarray, k: int) -> float:

@@ -7,7 +7,7 @@ from importlib import import_module
 
 from _alternate import machine, report
 
-BENCHMARKS = ("startup", "profiling", "surgery", "callback_overhead", "hrank", "pruned_latency", "white_box")
+BENCHMARKS = ("startup", "profiling", "surgery", "callback_overhead", "gal", "hrank", "kse", "pruned_latency", "white_box")
 
 
 def main() -> int:

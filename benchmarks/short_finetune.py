@@ -26,7 +26,7 @@ import yaml
 from _alternate import machine
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
-from lightning_compress import callbacks
+from lightning_compress import callbacks, modules
 from lightning_compress.core.report import Account
 from lightning_compress.datamodules import CIFAR10
 from lightning_compress.modules import ImageClassifier
@@ -53,13 +53,14 @@ def images(budget: Budget) -> CIFAR10:
     )  # fmt: skip
 
 
-def trained(budget: Budget) -> ImageClassifier:
-    """The public ResNet-56."""
-    return ImageClassifier(
+def trained(budget: Budget, cls: type[ImageClassifier] = ImageClassifier, **init: Any) -> ImageClassifier:
+    """The public ResNet-56; `cls` is a method that is a module."""
+    return cls(
         "resnet56",
         weights=str(DATA / "weights" / "resnet56-cifar10.pt"),
         optimizer=partial(torch.optim.SGD, lr=budget.lr, momentum=0.9, weight_decay=5e-4),
         lr_scheduler=partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=budget.epochs),
+        **init,
     )
 
 
@@ -93,7 +94,7 @@ def compare(name: str, accuracy: float, account: Account, budget: Budget) -> Non
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method", help="a callback of lightning_compress.callbacks")
+    parser.add_argument("method", help="a class of lightning_compress.callbacks or modules")
     parser.add_argument("init", nargs="*", help="its arguments, name=value in YAML")
     parser.add_argument("--search-epochs", type=int, default=0, help="epochs before the network is narrow")
     for name, default in vars(Budget()).items():
@@ -101,9 +102,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = vars(parser.parse_args(arguments))
     budget = Budget(**{name: given[name] for name in vars(Budget())})
     init: dict[str, Any] = {key: yaml.safe_load(value) for key, _, value in (p.partition("=") for p in given["init"])}
-    method = getattr(callbacks, given["method"])(**init)
     print(machine(), budget, init)
-    compare(given["method"], *run(budget, method, search_epochs=given["search_epochs"]), budget)
+    search = given["search_epochs"]
+    if hasattr(modules, given["method"]):
+        module = trained(budget, getattr(modules, given["method"]), search_epochs=search, **init)
+        result = run(budget, module=module, search_epochs=search)
+    else:
+        result = run(budget, getattr(callbacks, given["method"])(**init), search_epochs=search)
+    compare(given["method"], *result, budget)
 
 
 if __name__ == "__main__":

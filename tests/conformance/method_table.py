@@ -35,14 +35,16 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "white_box": {"end_epoch": 2, "start_keep": 0.05, "target_macs": 0.8},
     "white_box official": {"end_epoch": 2, "fold": "official", "scale_unused": True, "flops_rule": "with_bn",
                            "position": "after_activation", "last_layer": "random", "normalize_guide": False},
-    "gal": {"start_epoch": 0, "search_epochs": 1, "mask_step": 2},
+    # Masks fall by their sign at the start, not by a gradient that another batch would turn.
+    "gal": {"start_epoch": 0, "search_epochs": 1, "mask_step": 2, "mask_points": "joint", "lr": 0.0001},
     "architecture_decoupling": {"num_batches": 1},
-    "gal joint": {"start_epoch": 1, "search_epochs": 1, "mask_step": 2, "mask_points": "joint"},
 }  # fmt: skip
 
 
 # Methods that compute less for every image, but keep all weights, and bring some.
 KEEP_WEIGHTS = ("architecture_decoupling",)
+# Methods with fewer different weights in layers as wide as before.
+KEEP_WIDTHS = (*KEEP_WEIGHTS, "kse")
 
 
 @dataclass
@@ -85,6 +87,11 @@ class Case:
         """Whether only the MACs are less than before."""
         return self.card.slug in KEEP_WEIGHTS
 
+    @property
+    def keeps_widths(self) -> bool:
+        """Whether its layers have as many channels as before."""
+        return self.card.slug in KEEP_WIDTHS
+
     def parts(self, **changes: Any) -> Parts:
         """A callback goes onto a module that is not ours; a method that is a module comes as in its own recipe."""
         arguments = {**self.arguments, **changes}
@@ -92,11 +99,13 @@ class Case:
             data = {"train_dataloaders": foreign.digits(), "val_dataloaders": foreign.digits(32, 64)}
             callbacks = [self.cls(**arguments)]
             return Parts(foreign.made(), callbacks, data, {"dataloaders": foreign.digits(32, 64)})
+        from lightning_compress.callbacks import ExportCompressed
         from lightning_compress.cli.lightning_cli import CompressCLI
 
         given = [f"--model.init_args.{name}={value}" for name, value in arguments.items()]
         recipe = CompressCLI([f"--config=recipes/{self.card.slug}/quick", *given], run=False)
         own = [c for c in recipe.trainer.callbacks if type(c).__module__.startswith("lightning_compress")]
+        own = [c for c in own if not isinstance(c, ExportCompressed)]  # longer than the fit, and checked on its own
         data = {"datamodule": recipe.datamodule}
         return Parts(recipe.model, own, data, data)
 

@@ -119,7 +119,7 @@ class ChannelGraph:
         for name, ids in widths.items():
             if ids is None:
                 left_alone[name] = (
-                    "has a single channel, shares its weight with an earlier layer, or computes it in an unknown way"
+                    "has a single channel, a parametrised or shared weight, or computes it in an unknown way"
                 )
                 continue
             reasons = [reason[u] for u in unit[ids] if u in reason]

@@ -98,7 +98,7 @@ def sync_attributes(module: Any) -> None:
         first, second = weight.shape[:2]
         if module.transposed:
             module.in_channels, module.out_channels = first, second * module.groups
-        elif module.groups > 1 and module.groups == module.in_channels:  # depthwise
+        elif second == 1 and module.groups > 1 and module.groups == module.in_channels:  # depthwise
             multiplier = module.out_channels // module.in_channels
             module.groups = module.in_channels = first // multiplier
             module.out_channels = first

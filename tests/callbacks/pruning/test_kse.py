@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from foreign import Block, Foreign, assert_same, digits, fit, made, make_trainer, no_pictures
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
@@ -290,6 +290,7 @@ def test_every_layer_is_compressed_as_the_functions_say(tmp_path):
         v = importance(kernel_sparsity(weight), kernel_entropy(weight))
         assert form.levels == channel_levels(v, 4).tolist()
         assert form.budgets == kernel_budgets(len(weight), 4)
+        assert len(form.levels) == weight.shape[1]
         assert form.levels[int(v.argmin())] == 0
         assert form.levels[int(v.argmax())] == 3
         now = module.get_submodule(name).weight.detach()
@@ -419,6 +420,19 @@ def test_resuming_another_run_is_refused(tmp_path):
         fit(made(), tmp_path, KSE(), max_epochs=2, ckpt_path=tmp_path / "epoch=0.ckpt")
 
 
+@pytest.mark.parametrize("decay", [0.9, 0.9999])
+def test_an_average_leaves_the_indices_alone(tmp_path, decay: float):
+    """... or is refused: 5 * 0.9 + 5 * (1 - 0.9) is less than 5 in float32."""
+    with pytest.raises(MisconfigurationException, match=r"KSE: EMAWeightAveraging.*use_buffers=False"):
+        fit(made(), tmp_path, KSE(), EMAWeightAveraging(decay=decay))
+    module, plain = made(), made()
+    fit(module, tmp_path, KSE(), EMAWeightAveraging(decay=decay, use_buffers=False))
+    fit(plain, tmp_path, KSE())
+    for one, other in zip(shared(module).values(), shared(plain).values(), strict=True):
+        assert all(torch.equal(a[2], b[2]) for a, b in zip(one.shared, other.shared, strict=True))
+    assert not torch.equal(module.net.blocks[0].conv1.weight, plain.net.blocks[0].conv1.weight)
+
+
 class Odd(nn.Module):
     """Convolutions that stay as they are, for one reason each, and one that does not."""
 
@@ -529,6 +543,7 @@ def test_channels_first_then_kernels(tmp_path):
     module = made()
     fit(module, tmp_path, L1Norm(pruning_ratio=0.25), KSE(G=4), max_epochs=1)
     assert shared(module)["net.blocks.0.conv1"].outputs == 9
+    assert Account.load(tmp_path).after.params == sum(p.numel() for p in module.parameters())
     fresh = made()
     load_packed(fresh, tmp_path / "kse.pt")
     assert_same(fresh, module)

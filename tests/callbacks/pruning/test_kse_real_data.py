@@ -75,11 +75,11 @@ def test_size_by_the_official_axis(levels: int, shift: int, params: int, million
         assert round(total + words) == {6: 430_232, 7: 378_250}[levels]
 
 
-def accuracy(folder: Path, *callbacks: KSE) -> float:
-    """On 1,000 test images."""
+def accuracy(folder: Path, method: KSE) -> float:
+    """On 250 test images."""
     root = real_data("cifar10.npz", WEIGHTS)
     trainer = Trainer(max_epochs=0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                      enable_model_summary=False, limit_test_batches=4, callbacks=list(callbacks),
+                      enable_model_summary=False, limit_test_batches=1, callbacks=[method],
                       default_root_dir=folder)  # fmt: skip
     module = ImageClassifier("resnet56", weights=str(root / WEIGHTS))
     data = CIFAR10(root, batch_size=128, eval_batch_size=250, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -89,8 +89,10 @@ def accuracy(folder: Path, *callbacks: KSE) -> float:
 
 
 def test_accuracy_before_fine_tuning_falls_with_the_levels(tmp_path: Path) -> None:
-    dense = accuracy(tmp_path)
-    left = [accuracy(tmp_path, KSE(G=levels)) for levels in (4, 6, 8)]
-    print(f"dense {dense:.4f}, G = 4, 6, 8: {left}")
-    assert dense > left[0] > left[1] > left[2]
-    assert left[0] > 0.4
+    """Of 93.4 % that the dense network has on all images."""
+    few, more, many = (accuracy(tmp_path, KSE(G=levels)) for levels in (4, 6, 8))
+    print(f"G = 4, 6, 8: {few:.4f}, {more:.4f}, {many:.4f}")
+    assert few > 0.8
+    assert few > more + 0.1
+    assert more > many + 0.2
+    assert many > 0.1

@@ -17,10 +17,11 @@ from real_data import real_data
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import register_parametrization
 from torchvision.models import resnet50
 
 from lightning_compress import profile
-from lightning_compress.callbacks import SSR
+from lightning_compress.callbacks import SSR, L1Norm
 from lightning_compress.callbacks.pruning.ssr import (
     Split,
     group_rows,
@@ -465,12 +466,36 @@ def test_gains_learn_in_a_layerwise_search_if_they_belong_to_the_rows(tmp_path):
         assert torch.equal(*gain) != include_norm
 
 
+def test_two_of_them_on_layers_that_read_each_other(tmp_path):
+    torch.manual_seed(0)
+    module = PlainSGD(plain())
+    pair = [SSR(100.0, include=[name], **QUICK) for name in ("net.0", "net.2")]
+    fit(module, tmp_path, *pair, max_epochs=2)
+    assert [module.net[i].out_channels for i in (0, 2)] == [1, 1]
+
+
 def test_reasons_for_what_is_left_alone(tmp_path):
     fit(made(), tmp_path, SSR({"*0.conv1": 0.0}, **QUICK), max_epochs=2)
     reasons = dict(Account.load(tmp_path / "compression.json").left_alone)
     assert reasons["net.stem"] == "shares its channels with net.blocks.0.conv2, net.blocks.1.conv2"
     assert reasons["net.blocks.1.conv1"] == "has no number in `lambda_`"
     assert "output" in reasons["net.head"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda conv: conv.weight.requires_grad_(False), "does not learn"),
+        (lambda conv: register_parametrization(conv, "weight", nn.Identity()), "computes its weight"),
+    ],
+    ids=["frozen", "parametrised"],
+)
+def test_layers_whose_rows_cannot_be_pulled(change, reason, tmp_path):
+    module = made()
+    change(module.net.blocks[0].conv1)
+    fit(module, tmp_path, SSR(100.0, **QUICK), max_epochs=2)
+    assert dict(Account.load(tmp_path / "compression.json").left_alone)["net.blocks.0.conv1"].startswith(reason)
+    assert module.net.blocks[1].conv1.out_channels == 1
 
 
 def test_in_a_resnet50_the_first_two_convolutions_of_each_block(tmp_path):
@@ -520,6 +545,11 @@ def test_a_pull_that_diverges_is_told(tmp_path):
 def test_networks_without_channels_of_their_own(tmp_path):
     with pytest.raises(MisconfigurationException, match="SSR finds no layer of Foreign whose channels are its own"):
         fit(made(), tmp_path, SSR(0.1, include=["net.stem"], **QUICK))
+
+
+def test_a_layer_that_another_callback_narrows_meanwhile(tmp_path):
+    with pytest.raises(RuntimeError, match=r"SSR: 'net.blocks.0.conv1' changed from \(12, 72\) to \(6, 36\)"):
+        fit(made(), tmp_path, SSR(0.1, **{**QUICK, "steps_per_layer": 6}), L1Norm(0.5, start_epoch=1), max_epochs=4)
 
 
 def test_numbers_for_no_layer(tmp_path):

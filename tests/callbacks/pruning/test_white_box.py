@@ -15,6 +15,7 @@ import torchvision
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from real_data import real_data
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -45,7 +46,8 @@ from lightning_compress.catalog import card
 from lightning_compress.cli.lightning_cli import CompressCLI
 from lightning_compress.core.profile import profile
 from lightning_compress.core.surgery import ChannelPlan, apply_cuts, attach_record, channel_graph, load
-from lightning_compress.networks import build, resnet20, resnet56, resnet110, vgg16_cifar
+from lightning_compress.datamodules import CIFAR10
+from lightning_compress.networks import build, load_weights, resnet20, resnet56, resnet110, vgg16_cifar
 
 CIFAR = (1, 3, 32, 32)
 INNER = ["net.blocks.0.conv1", "net.blocks.1.conv1"]
@@ -122,11 +124,15 @@ def test_the_mean_guide_is_the_mean_of_guides() -> None:
     assert mean_guide(torch.ones(10, 1), normalize=True).item() == pytest.approx(1)
 
 
-@pytest.mark.parametrize(("penalised", "left"), [(True, 0.052364), (False, 1.0)], ids=["penalty of weight 0", "none"])
-def test_weight_decay_reaches_an_unused_mask_through_the_penalty_alone(penalised: bool, left: float) -> None:
+@pytest.mark.parametrize(
+    ("penalised", "steps", "left"), [(True, 196 * 30, 0.052364), (False, 196, 1.0)], ids=["penalty of weight 0", "none"]
+)
+def test_weight_decay_reaches_an_unused_mask_through_the_penalty_alone(
+    penalised: bool, steps: int, left: float
+) -> None:
     mask, weight = nn.Parameter(torch.ones(10, 4)), nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([mask, weight], lr=0.1, momentum=0.9, weight_decay=5e-4)
-    for _ in range(196 * 30):
+    for _ in range(steps):
         optimizer.zero_grad()
         loss = weight.sum() * 0
         (loss + 0.0 * column_penalty([mask]) if penalised else loss).backward()
@@ -215,7 +221,7 @@ def test_costs_are_the_closed_form(make: Any, n: int) -> None:
     if n == 9:
         assert closed_form([8] * n + [16] * n + [32] * n)[:2] == (62_964_352, 428_074)
     drawn = torch.Generator().manual_seed(n)
-    for widths in (full, [w // 2 for w in full], [int(torch.randint(1, w + 1, (), generator=drawn)) for w in full]):
+    for widths in ([w // 2 for w in full], [int(torch.randint(1, w + 1, (), generator=drawn)) for w in full]):
         cuts = stages(network, widths).cuts(graph)
         macs, params, norms = closed_form(widths)
         assert round(narrowed_cost(dense, graph, cuts, "conv_fc")) == macs
@@ -239,13 +245,13 @@ def test_biased_convolutions_are_counted_as_their_narrow_network() -> None:
 # ---- where masks are, and the fold
 
 
-class Lenet(nn.Module):
+class Flattening(nn.Module):
     """Convolutions that a linear layer reads pixel by pixel, and an activation that is not homogeneous."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1)
-        self.fc = nn.Linear(8 * 8 * 8, 10)
+        self.fc = nn.Linear(8 * 4 * 4, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.avg_pool2d(torch.tanh(self.conv1(x)), 2)
@@ -262,24 +268,33 @@ def with_statistics(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
+class Grouped(nn.Sequential):
+    """A grouped convolution, inside and at the end of a chain."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, groups=4), nn.BatchNorm2d(12),
+            nn.ReLU(), nn.Conv2d(12, 6, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 10),
+        )  # fmt: skip
+
+
 NETWORKS = {
     "resnet20": resnet20,
-    "vgg16": lambda: vgg16_cifar(classifier="linear"),
-    "lenet": Lenet,
-    "mobilenet_v2": lambda: torchvision.models.mobilenet_v2(num_classes=10),
+    "flattening": Flattening,
+    "grouped": Grouped,
     "densenet40": lambda: build("densenet40"),
-    "resnext50": lambda: torchvision.models.resnext50_32x4d(num_classes=10),
+    "mobilenet_v2": lambda: torchvision.models.mobilenet_v2(num_classes=10),
     "shufflenet": lambda: torchvision.models.shufflenet_v2_x0_5(num_classes=10),
 }
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("position", ["auto", "before_bn", "after_activation"])
+@pytest.mark.parametrize("position", ["before_bn", "after_activation"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_fold_is_exact_for_a_constant_guide(name: str, position: Any) -> None:
     """Any activation, any sign; concatenation, flattening, depthwise and grouped convolutions."""
     torch.manual_seed(0)
-    network, x = with_statistics(NETWORKS[name]()), torch.randn(2, 3, 32, 32)
+    network, x = with_statistics(NETWORKS[name]()), torch.randn(2, 3, 16, 16)
     graph = channel_graph(network, x[:1])
     alone, _ = split_layers(network, graph)
     places = place_masks(network, graph, alone, position)
@@ -635,8 +650,7 @@ def test_heat_maps_are_drawn(tmp_path: Path) -> None:
     assert drawn == [f"white_box_{name}.png" for name in INNER]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_what_it_learns_is_worth_more_than_chance(seed: int, tmp_path: Path) -> None:
+def test_what_it_learns_is_worth_more_than_chance(tmp_path: Path) -> None:
     """Rows differ between classes, and the channels that score lowest are missed less than others."""
 
     class Freeze(Callback):
@@ -645,7 +659,7 @@ def test_what_it_learns_is_worth_more_than_chance(seed: int, tmp_path: Path) -> 
                 searched.append(copy.deepcopy(pl_module.state_dict()))
 
     searched: list[dict[str, Any]] = []
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     method = WhiteBox(end_epoch=8, target_macs=0.6, position="after_activation")
     trainer = foreign.make_trainer(tmp_path, Freeze(), method, max_epochs=9, limit_val_batches=0)
     with foreign.no_pictures:
@@ -670,16 +684,52 @@ def test_what_it_learns_is_worth_more_than_chance(seed: int, tmp_path: Path) -> 
         return F.cross_entropy(narrow(images), labels).item()
 
     chance = torch.Generator().manual_seed(0)
-    others = [loss({n: torch.rand(12, generator=chance) for n in INNER}) for _ in range(25)]
+    others = [loss({n: torch.rand(12, generator=chance) for n in INNER}) for _ in range(15)]
     highest = loss({n: channel_scores(m) for n, m in masks.items()})
-    assert highest < sorted(others)[8]
+    assert highest < sorted(others)[5]
     assert highest < loss({n: -channel_scores(m) for n, m in masks.items()})
+
+
+@pytest.mark.real_data
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("position", "official"), [("before_bn", False), ("after_activation", False), ("before_bn", True)]
+)
+def test_the_fold_keeps_what_a_trained_network_knows(position: Any, official: bool) -> None:
+    """The public ResNet-56 under masks that scale its channels by 0.5 to 1.5, on test images."""
+    root = real_data("cifar10.npz", "weights/resnet56-cifar10.pt")
+    torch.manual_seed(0)
+    network = resnet56().eval()
+    load_weights(network, root / "weights" / "resnet56-cifar10.pt")
+    data = CIFAR10(root, eval_batch_size=250, val_size=0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    images, targets = next(iter(data.test_dataloader()))
+    graph = channel_graph(network, CIFAR)
+    places = place_masks(network, graph, split_layers(network, graph)[0], position)
+    attach_masks(network, [place.layer for place in places], 10)
+    hooks = MaskHooks(network, places, normalize=True)
+    hooks.mixture = torch.full((len(places), len(images), 10), 0.55)
+    for place in places:
+        mask = network.get_submodule(place.layer).class_mask
+        mask.copy_((torch.rand(mask.shape[1]) + 0.5).expand_as(mask))
+    masked = network(images)
+    hooks.remove()
+    for place in places:
+        factor = mean_guide(network.get_submodule(place.layer).class_mask, normalize=True)
+        if official:
+            fold_into_norms(network, place.norms, factor)
+        else:
+            fold_into_weights(network, place, factor)
+    assert ((network(images) - masked).abs().max() < 1e-4 * masked.abs().max()).item() != official
+    if not official:
+        assert (masked.argmax(1) == network(images).argmax(1)).all()
+    if (position, official) == ("before_bn", False):
+        assert (masked.argmax(1) == targets).float().mean() > 0.5
 
 
 # ---- guards
 
 
-class Graph:
+class Outputless:
     """A traced network without an output layer of its own."""
 
     order = ()
@@ -693,7 +743,7 @@ def test_classes_are_found_or_asked_for(tmp_path: Path) -> None:
     module.num_classes = 7
     assert find_num_classes(trainer, module, graph) == 7
     with pytest.raises(MisconfigurationException, match="num_classes"):
-        find_num_classes(trainer, foreign.made(), Graph())  # type: ignore[arg-type]
+        find_num_classes(trainer, foreign.made(), Outputless())  # type: ignore[arg-type]
 
 
 def labels(kind: str) -> DataLoader:

@@ -47,7 +47,7 @@ class Fitness:
         pl_module: the module that its `fit` got.
         monitor: name of a metric that validation logs; higher is better.
         epochs: length of the training; validation follows once, at its end.
-        batches: training batches per epoch; None for as many as the outer Trainer's.
+        batches: training batches per epoch, if the outer Trainer takes so many; None for as many as it takes.
 
     Raises:
         MisconfigurationException: there is no validation data.
@@ -70,10 +70,13 @@ class Fitness:
             loaders = {"train_dataloaders": training_loaders(trainer, pl_module)}
             self._data = {**loaders, "val_dataloaders": validation.dataloader()}
         self._outer = trainer
+        limit = trainer.limit_train_batches
+        if batches is not None:
+            limit = min(batches, limit) if isinstance(limit, int) else batches
         self._length = {
             "max_epochs": epochs,
             "check_val_every_n_epoch": epochs,
-            "limit_train_batches": trainer.limit_train_batches if batches is None else batches,
+            "limit_train_batches": limit,
             "limit_val_batches": trainer.limit_val_batches,
         }
 
@@ -299,12 +302,13 @@ def search(
             plan.colony = colony.state_dict()
             if path is not None and trainer.is_global_zero:
                 plan.save(path)
-            cycle = f"cycle {min(colony.cycle + 1, colony.max_cycle)} of {colony.max_cycle}"
+            cycle = min(colony.cycle + 1, colony.max_cycle)
+            where = "first sources" if colony.phase == "sources" else f"cycle {cycle} of {colony.max_cycle}"
             bar.update(
                 task,
                 completed=len(colony.history),
                 total=max(colony.expected, len(colony.history)),
-                description=f"{cycle}, best {colony.best_fitness:.4g}",
+                description=f"{where}, best {colony.best_fitness:.4g}",
             )
 
 

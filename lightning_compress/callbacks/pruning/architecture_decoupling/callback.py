@@ -29,7 +29,7 @@ from lightning_compress.callbacks.pruning.architecture_decoupling.losses import 
     information_loss,
     sparsity_loss,
 )
-from lightning_compress.callbacks.pruning.architecture_decoupling.paths import PathStatistics, names_of_filters
+from lightning_compress.callbacks.pruning.architecture_decoupling.paths import PathStatistics
 from lightning_compress.callbacks.pruning.architecture_decoupling.semhash import SemHash
 from lightning_compress.callbacks.pruning.architecture_decoupling.units import Structure, trace_units
 from lightning_compress.core import plots
@@ -191,7 +191,7 @@ class ArchitectureDecoupling(Callback):
         """The arguments of `attach_gates`."""
         taken = gates_of(pl_module)
         units = {name: unit for name, unit in structure.units.items() if name not in taken}
-        chosen = match(units, self.include, "include")
+        chosen = match(units, self.include, "include") if units else []
         refused = [structure.stem] if self.exclude is None else match(units, self.exclude, "exclude")
         units = {name: units[name] for name in chosen if name not in refused}
         if not units:
@@ -232,9 +232,7 @@ class ArchitectureDecoupling(Callback):
             place = trainer.global_rank, trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx
             for name, gate in gates.items():
                 gate.seed = _noise_seed(self.seed, *place, name)
-            with watching(
-                gates, lambda name, mask, out: self._seen.append((gates[name], mask, gates[name].pooled(out)))
-            ):
+            with watching(gates, lambda name, mask, pooled: self._seen.append((gates[name], mask, pooled))):
                 yield
             self._seen = []
 
@@ -347,7 +345,7 @@ class ArchitectureDecoupling(Callback):
 
     def _watch_masks(self, pl_module: LightningModule) -> None:
         self._masks = {name: [] for name in gates_of(pl_module)}
-        self._watcher = watching(gates_of(pl_module), lambda name, mask, out: self._masks[name].append(mask.detach()))
+        self._watcher = watching(gates_of(pl_module), lambda name, mask, _: self._masks[name].append(mask.detach()))
         self._watcher.__enter__()
 
     def _count(self, pl_module: LightningModule, targets: Tensor | None) -> None:
@@ -410,8 +408,7 @@ class ArchitectureDecoupling(Callback):
                 self.statistics.class_frequencies,
                 title="How often each class selects each filter",
                 row_label="class",
-                column_label="filter",
-                columns=names_of_filters(widths),
+                column_label="filter, layer by layer",
             )
             log_figure(trainer, f"{NAME}/class_paths", figure)
 

@@ -28,7 +28,8 @@ from lightning_compress.core.surgery import replayable
 
 NAME = "architecture_decoupling"
 Init = Literal["zero", "kaiming"]
-Watch = Callable[["Gate", Tensor, Tensor], None]
+# Gets the mask (B, N) and, in training, the global average of what it masks, (B, N) in float32.
+Watch = Callable[[Tensor, Tensor | None], None]
 
 
 class Gate(nn.Module):
@@ -42,7 +43,6 @@ class Gate(nn.Module):
         semhash: see :func:`.semhash.draw_binary`.
         init: ``"zero"`` starts with A1 = 0, so that all inputs have the same mask, with about 0.76 of its entries one;
             ``"kaiming"`` draws A1 as well. A2 and the prediction are always drawn, both biases are one.
-        activation: "relu" where the convolution's activation comes behind the gate, which the losses must know.
         generator: for the initial weights.
     """
 
@@ -54,7 +54,6 @@ class Gate(nn.Module):
         reduction: int = 4,
         semhash: SemHash = "sample",
         init: Init = "zero",
-        activation: str = "",
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -64,7 +63,6 @@ class Gate(nn.Module):
         self.head = nn.Linear(out_channels, num_classes, bias=False)
         self.head.training_only = True  # type: ignore[assignment]
         self.semhash: SemHash = semhash
-        self.activation = activation
         for layer in (self.reduce, self.expand, self.head):
             nn.init.kaiming_normal_(layer.weight, generator=generator)
             if layer.bias is not None:
@@ -72,7 +70,7 @@ class Gate(nn.Module):
         if init == "zero":
             nn.init.zeros_(self.reduce.weight)
         self.seed: int | None = None  # of the noise of this training step; None draws from torch's own generator
-        self.watch: Watch | None = None  # is called with (gate, mask, output before the mask)
+        self.watch: Watch | None = None
         self.silent = False
         self._mask: Tensor | None = None  # on its way from the one hook to the other
 
@@ -103,14 +101,11 @@ class Gate(nn.Module):
         mask, self._mask = self._mask, None
         if mask is None:
             return out
+        # Also unwatched, so that a forward pass that is run again for its gradients does the same.
+        pooled = out.mean(tuple(range(2, out.ndim)), dtype=torch.float32) if self.training else None
         if self.watch is not None:
-            self.watch(self, mask, out)
+            self.watch(mask, pooled)
         return out * mask.to(out.dtype).reshape(*mask.shape, *[1] * (out.ndim - 2))
-
-    def pooled(self, out: Tensor) -> Tensor:
-        """Global average of the activations that the mask is for: (B, N, ...) -> (B, N), in float32."""
-        out = F.relu(out) if self.activation == "relu" else out
-        return out.mean(tuple(range(2, out.ndim)), dtype=torch.float32)
 
 
 class Look:
@@ -137,6 +132,18 @@ class Pass:
         return self.gate.pass_on(out)
 
 
+class PassInput:
+    """Forward pre-hook of the only layer that reads these channels: the same there."""
+
+    part_of_function = True
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return self.gate.pass_on(args[0]), *args[1:]
+
+
 @replayable
 def attach_gates(
     module: nn.Module,
@@ -158,19 +165,13 @@ def attach_gates(
     Returns:
         A function that takes them off again.
     """
+    if isinstance(module, nn.Sequential):
+        raise ValueError("attach_gates: an nn.Sequential would run the gates as layers; give what holds it.")
     generator = torch.Generator().manual_seed(seed)
     for name, unit in units.items():
         conv = module.get_submodule(name)
-        gate = Gate(
-            unit["in_channels"],
-            unit["out_channels"],
-            num_classes,
-            reduction,
-            semhash,
-            init,
-            unit["activation"],
-            generator,
-        )
+        channels = unit["in_channels"], unit["out_channels"]
+        gate = Gate(*channels, num_classes, reduction, semhash, init, generator)
         gate.to(next(conv.parameters())).train(conv.training)
         *parents, leaf = f"{NAME}.{name}".split(".")
         home = module
@@ -180,7 +181,11 @@ def attach_gates(
             home = home.get_submodule(parent)
         home.add_module(leaf, gate)
         module.get_submodule(unit["source"]).register_forward_pre_hook(Look(gate))
-        module.get_submodule(unit["sink"]).register_forward_hook(Pass(gate))
+        sink = module.get_submodule(unit["sink"])
+        if unit["at_input"]:  # before the reader's own controller looks
+            sink.register_forward_pre_hook(PassInput(gate), prepend=True)
+        else:
+            sink.register_forward_hook(Pass(gate))
     return partial(detach_gates, names=list(units))
 
 
@@ -189,7 +194,9 @@ def detach_gates(module: nn.Module, names: list[str]) -> None:
     gates = [gate for name, gate in gates_of(module).items() if name in names]
     for owner in module.modules():
         for hooks in (owner._forward_pre_hooks, owner._forward_hooks):
-            for key in [k for k, hook in hooks.items() if isinstance(hook, (Look, Pass)) and hook.gate in gates]:
+            for key in [
+                k for k, hook in hooks.items() if isinstance(hook, (Look, Pass, PassInput)) and hook.gate in gates
+            ]:
                 del hooks[key]
     for name in names:
         path = f"{NAME}.{name}"
@@ -227,16 +234,12 @@ def silenced(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def watching(gates: Mapping[str, Gate], watch: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """Call ``watch(name, mask, output before the mask)`` whenever one of `gates` masks."""
+def watching(gates: Mapping[str, Gate], watch: Callable[[str, Tensor, Tensor | None], None]) -> Iterator[None]:
+    """Call ``watch(name, mask, pooled)`` whenever one of `gates` masks; see `Watch`."""
     try:
         for name, gate in gates.items():
-            gate.watch = partial(_named, watch, name)
+            gate.watch = partial(watch, name)
         yield
     finally:
         for gate in gates.values():
             gate.watch = None
-
-
-def _named(watch: Callable[[str, Tensor, Tensor], None], name: str, gate: Gate, mask: Tensor, out: Tensor) -> None:
-    watch(name, mask, out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from lightning_compress.core.surgery import ChannelPlan, Cut, attach_record, cha
 def masks_of(module: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """The eval masks of images: convolution -> bool (B, N). The module is left as it was."""
     masks: dict[str, list[Tensor]] = {name: [] for name in gates_of(module)}
-    with evaluating(module), watching(gates_of(module), lambda name, mask, out: masks[name].append(mask > 0)):
+    with evaluating(module), watching(gates_of(module), lambda name, mask, _: masks[name].append(mask > 0)):
         module(images)
     return {name: torch.cat(parts) for name, parts in masks.items()}
 
@@ -222,8 +222,3 @@ def prune_static(module: nn.Module, example_input: Any, kinds: Mapping[str, Tens
     check_cuts(module, cuts, example_input)
     attach_record(module).cut(module, cuts, by="ArchitectureDecoupling.prune_static", epoch=0)
     return plan
-
-
-def names_of_filters(widths: Mapping[str, int]) -> Sequence[str]:
-    """Name of every bit of a path: its convolution."""
-    return [name for name, width in widths.items() for _ in range(width)]

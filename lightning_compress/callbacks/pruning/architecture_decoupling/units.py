@@ -40,8 +40,8 @@ class Unit:
     Attributes:
         conv, norm: names of the layers; the norm is "" where there is none.
         source: the module whose input the controller sees: the convolution, or the pooling of stride 1 before it.
-        sink: the module whose output is masked.
-        activation: "relu" where the mask comes before it, because no module of its own computes it; else "".
+        sink: the module whose output is masked; or, where `at_input`, the only one that reads it, and its input is.
+        at_input: where no module of its own, called once, computes the activation.
         in_channels, out_channels: of `source`'s input and of the convolution's output.
     """
 
@@ -49,7 +49,7 @@ class Unit:
     norm: str
     source: str
     sink: str
-    activation: str
+    at_input: bool
     in_channels: int
     out_channels: int
 
@@ -186,6 +186,7 @@ class _Trace(TorchFunctionMode):
         self.events: list[Event] = []
         self.calls: dict[str, int] = {}
         self.returned: dict[int, list[str]] = {}  # label -> modules that returned it, innermost first
+        self.entered: dict[int, list[str]] = {}  # label -> modules that got it as their first argument
         self.stack: list[str] = []
         self._labels: dict[int, int] = {}
         self._alive: list[Tensor] = []  # labels are kept by id(tensor), so no tensor may die
@@ -218,7 +219,12 @@ class _Trace(TorchFunctionMode):
         """Note which module is running, and what it returns."""
 
         def enter(name: str) -> Callable[..., None]:
-            return lambda module, args: self.stack.append(name)
+            def hook(module: nn.Module, args: Any) -> None:
+                self.stack.append(name)
+                if args and isinstance(args[0], Tensor):
+                    self.entered.setdefault(self.label(args[0]), []).append(name)
+
+            return hook
 
         def leave(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, out: Any) -> None:
@@ -266,18 +272,20 @@ class _Trace(TorchFunctionMode):
         for name, event in found.layers.items():
             if event.function == "linear":
                 continue
-            end, norm, activation = event.writes, "", ""
+            end, norm, at_input = event.writes, "", False
             follower = only_reader(end)
             if follower and follower.function == "batch_norm":
                 end, norm = follower.writes, follower.module
                 if self.calls[norm] == 1:
                     found.folds[name] = norm
                 follower = only_reader(end)
+            sink = home(end)
             if follower and follower.function in ACTIVATIONS:
-                if home(follower.writes):
-                    end = follower.writes
-                else:
-                    activation = follower.function
+                end, sink = follower.writes, home(follower.writes)
+                reader = only_reader(end)
+                enters = reader is not None and reader.module in self.entered.get(end, ())
+                if not sink and enters and self.calls[reader.module] == 1:
+                    sink, at_input = reader.module, True
             if self.calls.get(name) != 1:
                 found.left_alone[name] = f"runs {self.calls.get(name, 0)} times"
             elif name == last:
@@ -286,18 +294,16 @@ class _Trace(TorchFunctionMode):
                 found.left_alone[name] = f"is followed by {follower.function}, which mixes channels"
             elif follower and follower.function in OTHER_ACTIVATIONS:
                 found.left_alone[name] = f"is followed by {follower.function}, which makes something of a zero"
-            elif activation not in ("", "relu"):
-                found.left_alone[name] = f"is followed by {activation} that is not a module of its own, called once"
-            elif not home(end):
-                found.left_alone[name] = "is followed by a norm that is not a module of its own, called once"
-            if name in found.left_alone:
-                continue
-            source = self._source(network, event, writer)
-            found._sinks[name] = end
-            found.units[name] = Unit(name, norm, source[0], home(end), activation, source[1], event.shape[1])
+            elif not sink:
+                function = follower.function if follower else "something"
+                found.left_alone[name] = f"is followed by {function} that is not a module of its own, called once"
+            else:
+                source, channels = self._source(event, writer)
+                found._sinks[name] = end
+                found.units[name] = Unit(name, norm, source, sink, at_input, channels, event.shape[1])
         return found
 
-    def _source(self, network: nn.Module, event: Event, writer: dict[int, Event]) -> tuple[str, int]:
+    def _source(self, event: Event, writer: dict[int, Event]) -> tuple[str, int]:
         """The module whose input the controller sees, and that input's channels."""
         before = writer.get(event.reads[0])
         if before and before.function in POOLINGS and before.shape == before.shapes[0]:

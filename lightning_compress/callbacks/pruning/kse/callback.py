@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.progress import track
@@ -160,17 +161,18 @@ class KSE(Callback):
     def indices(self, weight: Tensor, form: SharedKernels, generator: torch.Generator) -> list[Tensor]:
         """Which of its q kernels stands for each: (N, C, kh, kw) -> (N, C_q) for every q in ascending order."""
         kernels = weight.flatten(2).transpose(0, 1)
-        return [
-            kmeans(
+        found = []
+        for q, channels, index in form.shared:
+            labels = kmeans(
                 kernels[channels.to(weight.device)],
                 q,
                 init=self.kmeans_init,
                 restarts=self.kmeans_restarts,
                 iterations=self.kmeans_iters,
                 generator=generator,
-            ).T.cpu()
-            for q, channels, _ in form.shared
-        ]
+            )
+            found.append(labels.T.to("cpu", index.dtype))
+        return found
 
     # ---- when
 
@@ -182,6 +184,7 @@ class KSE(Callback):
         record = attach_record(pl_module)
         if stage != "fit":
             return
+        refuse_averaged_indices(trainer)
         open_account(trainer, pl_module)
         path = resume_path(trainer)
         if path is not None:
@@ -268,14 +271,30 @@ class KSE(Callback):
         """Of every layer: the arguments of its `SharedKernels`, and its indices."""
         forms: dict[str, dict[str, list[int]]] = {}
         indices = {}
+        device = trainer.strategy.root_device if trainer.strategy.root_device.type == "cuda" else "cpu"  # for float64
         hidden = not getattr(trainer.progress_bar_callback, "is_enabled", False)
         for name, weight in track(weights.items(), "KSE: clustering kernels", disable=hidden, transient=True):
-            weight = weight.to(trainer.strategy.root_device)
+            weight = weight.to(device)
             levels, budgets = self.levels(weight)
             forms[name] = {"levels": levels, "budgets": budgets}
             generator = torch.Generator().manual_seed(self.seed + zlib.crc32(name.encode()))
             indices[name] = self.indices(weight, SharedKernels(levels, budgets), generator)
         return forms, indices
+
+
+def refuse_averaged_indices(trainer: Trainer) -> None:
+    """An average of buffers is one of floats, cut off to whole numbers: an index of 5 becomes 4.
+
+    Raises:
+        MisconfigurationException: names the callback, and its argument.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging) and callback._use_buffers:
+            name = type(callback).__name__
+            raise MisconfigurationException(
+                f"KSE: {name} would average the indices of the kernels, which are whole numbers. Give {name} "
+                f"use_buffers=False: it then averages the kernels, and copies indices and norms."
+            )
 
 
 def layer_costs(trainer: Trainer, pl_module: LightningModule) -> dict[str, LayerCost]:

@@ -11,8 +11,9 @@ from torch.nn.functional import pad
 
 Init = Literal["k-means++", "random"]
 
-# Coordinates, and distances, that are worked on at once: few enough to stay in a processor's cache.
+# Coordinates that are worked on at once: few enough for a processor's cache, enough to keep an accelerator busy.
 CHUNK = 1 << 18
+ACCELERATOR_CHUNK = 1 << 22
 
 
 def kmeans(
@@ -39,7 +40,8 @@ def kmeans(
         tolerance: a run ends when its centres moved less, squared and summed, than this times the points' variance.
         generator: on the CPU, whatever the device of `points`.
     """
-    per_chunk = max(1, CHUNK // (restarts * points[0].numel()))
+    chunk = CHUNK if points.device.type == "cpu" else ACCELERATOR_CHUNK
+    per_chunk = max(1, chunk // (restarts * points[0].numel()))
     return torch.cat(
         [
             _best_run(part, clusters, init, restarts, iterations, tolerance, generator)

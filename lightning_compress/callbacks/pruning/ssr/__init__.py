@@ -18,7 +18,8 @@ and in every step of SGD the gradient of W gets the one of <Y, W - F> + rho / 2 
 At a fixed point W = F and -Y is the gradient of the loss: a filter dies if the loss would miss it by less than lambda.
 The search ends after a fixed number of steps; the filters whose row of F is zero go, and the network is fine-tuned.
 
-To read in this order: `aulm` (the mathematics), `callback` (when and on which layers).
+To read in this order: `aulm` (the mathematics), `layers` (which layers can be narrowed), `callback` (when this happens,
+and what learns meanwhile).
 """
 
 from lightning_compress.callbacks.pruning.ssr.aulm import (
@@ -31,7 +32,8 @@ from lightning_compress.callbacks.pruning.ssr.aulm import (
     split_rows,
     update_fy,
 )
-from lightning_compress.callbacks.pruning.ssr.callback import SSR, lambda_by_layer
+from lightning_compress.callbacks.pruning.ssr.callback import SSR
+from lightning_compress.callbacks.pruning.ssr.layers import lambda_by_layer
 
 __all__ = [
     "SSR",

@@ -22,14 +22,13 @@ from lightning_compress.callbacks.pruning.ssr.aulm import (
     split_rows,
     update_fy,
 )
+from lightning_compress.callbacks.pruning.ssr.layers import lambda_by_layer, why_not
 from lightning_compress.core import plots
 from lightning_compress.core.example_input import find_example_input
 from lightning_compress.core.fresh_start import FreshStart
 from lightning_compress.core.optimizers import check_optimizers
 from lightning_compress.core.report import close_account, log_figure, open_account
-from lightning_compress.core.select import match
 from lightning_compress.core.surgery import (
-    ChannelGraph,
     ChannelPlan,
     attach_record,
     channel_graph,
@@ -43,7 +42,7 @@ from lightning_compress.core.surgery import (
 from lightning_compress.core.surgery.compact import own_norm
 
 # Attributes that are plain data and go into checkpoints as they are.
-_PLAIN = ("lambdas", "norms", "left_alone", "notes", "first", "handled", "phase", "counts")
+_PLAIN = ("lambdas", "norms", "left_alone", "notes", "first", "handled", "phase", "shares")
 
 
 class SSR(Callback):
@@ -171,7 +170,7 @@ class SSR(Callback):
         self._handled = -1  # the last optimiser step that was prepared
         self._phase = -1  # 0, 2, 4: a search; 1, 3, 5: the fine-tuning after it
         self._splits: dict[str, Split] = {}  # the layers that are searched now
-        self._counts: dict[str, list[int]] = {}  # layer -> filters alive after each F-step
+        self._shares: dict[str, list[float]] = {}  # layer -> share of its filters alive after each F-step
         self._fresh: FreshStart | None = None
 
     # ---- before the fit
@@ -210,15 +209,9 @@ class SSR(Callback):
     def _choose(self, pl_module: LightningModule) -> None:
         """Find the layers that can be narrowed alone."""
         graph = channel_graph(pl_module, self._example, include=self.include, exclude=self.exclude)
-        self._left_alone = dict(graph.left_alone)
-        alone = []
-        for group in graph.groups:
-            for name in group.layers:
-                reason = _why_not(pl_module, graph, name)
-                if reason:
-                    self._left_alone.setdefault(name, reason)
-                else:
-                    alone.append(name)
+        reasons = {name: why_not(pl_module, graph, name) for name in graph.layers}
+        alone = [name for name, reason in reasons.items() if not reason]
+        self._left_alone = {**{name: reason for name, reason in reasons.items() if reason}, **graph.left_alone}
         if not alone:
             raise MisconfigurationException(
                 f"SSR finds no layer of {type(pl_module).__name__} whose channels are its own: "
@@ -243,7 +236,7 @@ class SSR(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_optimizers(trainer, pl_module)
         self._check_length(trainer)
-        rate = max(group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups)
+        rate = max((group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups), default=0.0)
         rho = self.rho * self.rho_growth ** ((self.steps_per_layer - 1) // self.update_fy_step)
         if rho * rate >= 1:
             rank_zero_warn(f"SSR(rho={self.rho}): rho * learning rate reaches {rho * rate:.3g}; from 1 on it diverges.")
@@ -318,16 +311,14 @@ class SSR(Callback):
         self._fresh.restore(trainer)
         if self._searching:
             layers = self._stages[phase // 2]
-            with torch.no_grad():
-                self._splits = {n: Split.of(group_rows(self._rows_of(pl_module, n)), self.rho) for n in layers}
+            self._splits = {name: Split.of(self._matrix(pl_module, name), self.rho) for name in layers}
             self._hold_norms(pl_module)
 
-    @torch.no_grad()
     def _update(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """F, then Y, of all layers that are searched."""
         log: dict[str, float] = {}
         for name, split in self._splits.items():
-            w = group_rows(self._rows_of(pl_module, name))
+            w = self._matrix(pl_module, name)
             f, y = update_fy(w, split.y, self._lambdas[name], split.rho, self.norm)
             alive = f.norm(dim=1) > 0
             if not alive.any() and not len(split.alive):
@@ -337,8 +328,8 @@ class SSR(Callback):
                 )
             recent = torch.cat([split.alive, alive[None].cpu()])[-self.average_last :]
             self._splits[name] = Split(f, y, split.rho * self.rho_growth, recent)
-            self._counts.setdefault(name, []).append(int(alive.sum()))
-            log[f"ssr/{name}/filters"] = self._counts[name][-1]
+            self._shares.setdefault(name, []).append(float(alive.float().mean()))
+            log[f"ssr/{name}/filters"] = float(alive.sum())
             log[f"ssr/{name}/penalty"] = float(penalty(w, f, y, split.rho))
         for logger in trainer.loggers:
             logger.log_metrics(log, step=trainer.global_step)
@@ -354,8 +345,7 @@ class SSR(Callback):
                     parameter.grad = None
         for name, split in self._splits.items():
             rows = self._rows_of(pl_module, name)
-            with torch.no_grad():
-                gradient = penalty_gradient(group_rows(rows), split.f, split.y, split.rho)
+            gradient = penalty_gradient(self._matrix(pl_module, name), split.f, split.y, split.rho)
             for tensor, part in zip(rows, split_rows(gradient, rows), strict=True):
                 tensor.grad = part if tensor.grad is None else tensor.grad.add_(part)
 
@@ -391,6 +381,17 @@ class SSR(Callback):
             tensors += [norm.weight, norm.bias]
         return [t for t in tensors if t is not None and t.requires_grad]
 
+    @torch.no_grad()
+    def _matrix(self, pl_module: LightningModule, name: str) -> Tensor:
+        """W, (N, d)."""
+        w = group_rows(self._rows_of(pl_module, name))
+        if name in self._splits and self._splits[name].f.shape != w.shape:
+            raise RuntimeError(
+                f"SSR: {name!r} changed from {tuple(self._splits[name].f.shape)} to {tuple(w.shape)} while it was "
+                f"searched. Let the other callback do its work before the first search or after the last."
+            )
+        return w
+
     def _learning(self, pl_module: LightningModule) -> list[nn.Parameter]:
         """The parameters that a layer-wise search moves."""
         return [
@@ -417,10 +418,10 @@ class SSR(Callback):
         unfinished = [name for layers in self._stages[(self._phase + 1) // 2 :] for name in layers]
         missing = [f"The fit ended before {', '.join(unfinished)} had been searched."] if unfinished else []
         close_account(trainer, pl_module, notes=self._notes + missing, left_alone=self._left_alone)
-        if self._counts and trainer.is_global_zero and plots.available():
-            series: dict[str, list[float]] = {name: [float(n) for n in counts] for name, counts in self._counts.items()}
-            title = "Filters whose copies are not zero"
-            log_figure(trainer, "ssr_filters", plots.lines(series, title=title, x_label="F-step", y_label="filters"))
+        if self._shares and trainer.is_global_zero and plots.available():
+            percent = {name: [100 * share for share in shares] for name, shares in self._shares.items()}
+            title = "Filters that the search would keep"
+            log_figure(trainer, "ssr_filters", plots.lines(percent, title=title, x_label="F-step", y_label="%"))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._release_norms()
@@ -438,34 +439,3 @@ class SSR(Callback):
             setattr(self, f"_{name}", state_dict[name])
         self._splits = {name: Split(**split) for name, split in state_dict["splits"].items()}
         self._fresh = None if state_dict["fresh"] is None else FreshStart.from_state_dict(state_dict["fresh"])
-
-
-def _why_not(pl_module: LightningModule, graph: ChannelGraph, name: str) -> str:
-    """Why a layer of the graph cannot be narrowed by the norms of its own filters; empty if it can."""
-    layer: Any = pl_module.get_submodule(name)
-    group = graph.group_of(name)
-    others = [n for n in group.layers if n != name]
-    if others:
-        return f"shares its channels with {', '.join(others[:3])}{' ...' if len(others) > 3 else ''}"
-    if len(group.units) < graph.width(name):
-        return "has channels that can only be removed together"
-    if getattr(layer, "transposed", False):
-        return "is transposed"
-    if not isinstance(layer.weight, nn.Parameter):
-        return "computes its weight from other tensors"
-    return "" if layer.weight.requires_grad else "does not learn"
-
-
-def lambda_by_layer(lambda_: float | Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
-    """One number for all, or globs of layer names; a later glob wins, a layer that none matches is left out.
-
-    Raises:
-        ValueError: a glob matches no layer.
-
-    >>> lambda_by_layer({"conv*": 0.4, "conv2": 0.15}, ["conv1", "conv2", "fc1"])
-    {'conv1': 0.4, 'conv2': 0.15}
-    """
-    if not isinstance(lambda_, Mapping):
-        return dict.fromkeys(names, float(lambda_))
-    found = {n: float(value) for glob, value in lambda_.items() for n in match(names, [glob], "lambda_")}
-    return {name: found[name] for name in names if name in found}

@@ -394,8 +394,9 @@ class WhiteBox(Callback):
             )
         vote, plan = trainer.strategy.broadcast(self._decide(trainer, pl_module, graph, masks))
         if trainer.is_global_zero and not trainer.fast_dev_run and plots.available():  # type: ignore[attr-defined]
-            for name, mask in masks.items():
-                figure = plots.heat_map(mask, title=f"Class mask of {name}", row_label="class", column_label="channel")
+            for name in (place.layer for place in self._places):
+                title = f"Class mask of {name}"
+                figure = plots.heat_map(masks[name], title=title, row_label="class", column_label="channel")
                 log_figure(trainer, f"white_box/{name}", figure)
         self._fold(pl_module, graph, masks)
         self._release()
@@ -407,11 +408,11 @@ class WhiteBox(Callback):
         self, trainer: Trainer, pl_module: LightningModule, graph: ChannelGraph, masks: Mapping[str, Tensor]
     ) -> tuple[Vote, ChannelPlan]:
         by_channel = {name: channel_scores(mask).cpu() for name, mask in masks.items()}
-        drawn = self._drawn_layer(pl_module, graph)
+        drawn, order = self._drawn_layer(pl_module, graph), by_channel
         if drawn is not None:
             chance = torch.Generator().manual_seed(self.seed)
-            by_channel[drawn] = torch.rand(graph.width(drawn), generator=chance)
-        narrow = self._narrowing(trainer, pl_module, graph, by_channel)
+            order = {**by_channel, drawn: torch.rand(graph.width(drawn), generator=chance)}
+        narrow = self._narrowing(trainer, pl_module, graph, order)
         by_unit = {place.layer: unit_means(graph, place.layer, by_channel[place.layer]) for place in self._places}
         vote = global_vote(
             {name: score for name, score in by_unit.items() if name != drawn},

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -16,11 +16,13 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed import DebugLevel, get_debug_level
 from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, StepLR
 
 from lightning_compress.core.losses import LossTermsMixin
+from lightning_compress.core.meta import evaluating
 from lightning_compress.core.report import close_account, open_account
 from lightning_compress.core.surgery import (
     attach_record,
@@ -115,8 +117,10 @@ class GAL(LossTermsMixin, ImageClassifier):
     What is stored: masks, discriminator and the optimisers' state while they are needed; what was cut, in the module's
     `state_dict` (see `lightning_compress.load`); the teacher's weights only where they cannot be loaded again.
 
-    With several processes the masks' gradients are averaged like all others, and what is cut is decided on rank 0.
-    `trainer.global_step` counts the steps of all optimisers.
+    With several processes the masks' gradients are averaged like all others, and what is cut is decided on rank 0; with
+    ``TORCH_DISTRIBUTED_DEBUG=INFO`` every update of the masks is checked to be the same everywhere.
+    The optimisation is manual, so the Trainer neither accumulates nor clips gradients, and `trainer.global_step` counts
+    the steps of the discriminator too.
 
     Raises:
         ValueError: an argument out of range, or names that match nothing.
@@ -182,8 +186,8 @@ class GAL(LossTermsMixin, ImageClassifier):
             ("discriminator_variant", discriminator_variant, Variant),
             ("discriminator_regularizer", discriminator_regularizer, Regularizer),
         ):
-            if given not in kind.__args__:  # type: ignore[attr-defined]
-                raise ValueError(f"GAL({name}={given!r}): give one of {', '.join(map(repr, kind.__args__))}.")  # type: ignore[attr-defined]
+            if given not in get_args(kind):
+                raise ValueError(f"GAL({name}={given!r}): give one of {', '.join(map(repr, get_args(kind)))}.")
         super().__init__(
             network, num_classes, optimizer, lr_scheduler, lr_scheduler_interval, label_smoothing, weights,
             input_shape, channels_last,
@@ -230,6 +234,7 @@ class GAL(LossTermsMixin, ImageClassifier):
         if stage != "fit":
             return
         self._check_epochs()
+        self._check_parts()
         check_trainer(self.trainer, "GAL", in_fit=True)
         with self._plain(self.network):
             open_account(self.trainer, self)
@@ -238,10 +243,12 @@ class GAL(LossTermsMixin, ImageClassifier):
             replay_in_setup(self.trainer, self, read_steps(path), by="GAL")
         if self.phase == "fine-tuning":
             return
-        if self.teacher is None and (self.start_epoch == 0 or self.phase == "search"):
-            self._set_teacher(self._make_teacher())
+        # what cannot work is found now, not hours later when the search begins
+        teacher = self.teacher or self._make_teacher()
+        if self.start_epoch == 0 or self.phase == "search":
+            self._set_teacher(teacher)
         if self.phase == "training":
-            arguments = self._search_arguments()  # what cannot work is found now, not hours later
+            arguments = self._search_arguments()
             rehearse(self.network, self._images(), [Point(**point) for point in arguments["points"]])
             if self.start_epoch == 0:
                 change_in_setup(self.trainer, self, begin_search, arguments, by="GAL")
@@ -275,9 +282,12 @@ class GAL(LossTermsMixin, ImageClassifier):
 
     def on_fit_end(self) -> None:
         """Close the account; where the fit ends in the search, with what :meth:`prune` would leave."""
+        network = self.network
         if self.search is not None:
-            self._note(self.search, self._plan(self.search))
-        with self._plain(self.prune()):
+            plan = self._plan(self.search)
+            self._note(self.search, plan)
+            network = cut_copy(network, plan)
+        with self._plain(network):
             close_account(self.trainer, self, notes=self._notes)
 
     @contextmanager
@@ -360,6 +370,11 @@ class GAL(LossTermsMixin, ImageClassifier):
         torch._foreach_div_(gradients, scale)
         if all(bool(g.isfinite().all()) for g in gradients):
             fista.step(restart=self.restart_on_decay and decayed)
+        if self.trainer.world_size > 1 and get_debug_level() is not DebugLevel.OFF:
+            mine = torch.cat([m for group in fista.param_groups for m in group["params"]])
+            everywhere = cast(Tensor, self.all_gather(mine))
+            if not bool((everywhere == mine).all()):
+                raise RuntimeError(f"GAL: the masks of rank {self.trainer.global_rank} are not those of the others.")
 
     def _gradient_scale(self) -> float:
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
@@ -496,6 +511,23 @@ class GAL(LossTermsMixin, ImageClassifier):
                 f"GAL(search_epochs={self.search_epochs}): the Trainer stops after max_epochs={end}, before the cut. "
                 f"prune() gives the smaller network then."
             )
+
+    def _check_parts(self) -> None:
+        if "configure_optimizers" in vars(self):  # put there by the command line
+            raise MisconfigurationException(
+                "GAL makes the optimisers of its search itself: give model.optimizer and model.lr_scheduler, for the "
+                "epochs with cross-entropy, and no --optimizer."
+            )
+        given = vars(self)["_teacher_given"]
+        if given is not None:
+            images = self._images()
+            with evaluating(given):
+                logits = given(images.to(next((p for p in given.parameters()), images)))
+            if logits.shape != (len(images), self.num_classes):
+                raise MisconfigurationException(
+                    f"teacher: {type(given).__name__} gives {tuple(logits.shape[1:])} logits for an image, "
+                    f"GAL(num_classes={self.num_classes}) needs as many as classes."
+                )
 
     def _images(self) -> Tensor:
         """Two images of noise, on the device and in the precision of the network."""
