@@ -7,7 +7,19 @@ from importlib import import_module
 
 from _alternate import machine, report
 
-BENCHMARKS = ("startup", "profiling", "surgery", "callback_overhead", "gal", "hrank", "kse", "pruned_latency", "white_box")
+BENCHMARKS = (
+    "architecture_decoupling",
+    "startup",
+    "profiling",
+    "surgery",
+    "callback_overhead",
+    "gal",
+    "hrank",
+    "kse",
+    "pruned_latency",
+    "ssr",
+    "white_box",
+)
 
 
 def main() -> int:

@@ -5,8 +5,9 @@
 Trains LeNet-5 first (10 epochs; the file of ``--base`` keeps it), then both methods start from it. ``--share 1`` is the
 whole recipe: for each of three layers 8000 steps of search and 12,000 of fine-tuning at batch 256; a smaller share
 scales both, the steps between updates of F and Y and those after which the rate falls. The baseline prunes at once and
-then trains for as many steps as SSR takes in all, its rate falling at the same shares of them. Errors are of the 10,000
-test images, after the last step. Not part of `run_all.py`: it takes minutes and promises nothing.
+then trains: as SSR does in its fine-tunings alone, with the same rates (its searches come on top), and for as many
+steps as SSR takes in all, the rate falling at the same shares of them. Errors are of the 10,000 test images, after the
+last step. Not part of `run_all.py`: it takes minutes and promises nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 from _alternate import machine
 from lightning.pytorch import Callback, Trainer, seed_everything
-from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, StepLR
 
 from lightning_compress.callbacks import SSR, L1Norm
 from lightning_compress.core.profile import profile
@@ -96,9 +97,12 @@ def main() -> None:
     steps = 3 * (search + finetune)
     describe("SSR", module, fit(module, steps, ssr))
 
-    macs = profile(module.network, IMAGE).macs
-    module = lenet(0.01, partial(StepLR, step_size=round(steps * DECAY / FINETUNE), gamma=0.1), weights)
-    describe("L1Norm", module, fit(module, steps, L1Norm(target_macs=macs / dense)))
+    left = profile(module.network, IMAGE).macs / dense
+    again = partial(LambdaLR, lr_lambda=lambda step: 0.1 ** (step % finetune // round(share * DECAY)))
+    once = partial(StepLR, step_size=round(steps * DECAY / FINETUNE), gamma=0.1)
+    for name, schedule, length in (("L1Norm", again, 3 * finetune), ("L1Norm+", once, steps)):
+        module = lenet(0.01, schedule, weights)
+        describe(name, module, fit(module, length, L1Norm(target_macs=left)))
 
 
 if __name__ == "__main__":

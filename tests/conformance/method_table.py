@@ -38,6 +38,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     # Masks fall by their sign at the start, not by a gradient that another batch would turn.
     "gal": {"start_epoch": 0, "search_epochs": 1, "mask_step": 2, "mask_points": "joint", "lr": 0.0001},
     "architecture_decoupling": {"num_batches": 1},
+    "architecture_decoupling target": {"target_density": 0.5, "lambda_s": 0.1, "init": "kaiming", "semhash": "element",
+                                       "kl_direction": "out_from_mask", "recalibrate_bn": 1, "num_batches": 1},
 }  # fmt: skip
 
 

@@ -107,3 +107,13 @@ def test_a_hook_that_is_part_of_the_function_comes_along():
     torch.testing.assert_close(clone(x), expected)
     assert has_watchers(net)
     assert not has_watchers(clone)
+
+
+def test_what_only_training_needs_is_left_out():
+    net = nn.Linear(3, 3)
+    net.add_module("auxiliary", nn.Linear(3, 10))
+    net.auxiliary.training_only = True
+    copied = inference_copy(net)
+    assert copied.auxiliary is None
+    assert list(copied.state_dict()) == ["weight", "bias"]
+    assert isinstance(net.auxiliary, nn.Linear)

@@ -266,49 +266,44 @@ class SharedKernelConv2d(nn.Module):
     """What a convolution with shared kernels computes, with H * W * kh * kw * sum q_c multiply-accumulates.
 
     Channels that keep all kernels are convolved as usual. Every other channel is convolved with its q_c kernels alone,
-    and each output adds up the results that its indices point to. The additions run over all N * C pairs, so that it is
-    seldom faster than the dense convolution.
+    and each output adds up the results that its indices point to. These are N * C more additions at every place, and
+    memory for sum q_c results, so that it is seldom faster than the dense convolution.
 
     Args:
         conv: a convolution with :class:`SharedKernels`; its values are copied.
     """
 
-    rows: Tensor
     read: Tensor
-    repeated: Tensor
+    rows: Tensor
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
-        parametrisation, (full, *parts) = _parametrisation(conv), originals(conv)
-        geometry = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation,
-                    "padding_mode": conv.padding_mode, "device": full.device, "dtype": full.dtype}  # fmt: skip
-        size = tuple(full.shape[2:])
-        self.register_buffer("read", parametrisation.groups[parametrisation.outputs].to(full.device))
-        self.full = nn.Conv2d(full.shape[1], len(full), size, bias=conv.bias is not None, **geometry)  # type: ignore
-        repeated, kernels, rows, start = [], [], [], 0
-        for part, (q, channels, index) in zip(parts, parametrisation.shared, strict=True):
-            repeated.append(channels.repeat_interleave(q).to(full.device))  # q results for each of its channels
-            kernels.append(part.transpose(0, 1).flatten(0, 1))
-            rows.append(index.long() + q * torch.arange(len(channels), device=full.device) + start)
-            start += q * len(channels)
-        self.register_buffer("repeated", torch.cat(repeated) if rows else None)
+        form, (full, *parts) = _parametrisation(conv), originals(conv)
+        like: dict[str, Any] = {"kernel_size": full.shape[2:], "device": full.device, "dtype": full.dtype}
+        like |= {key: getattr(conv, key) for key in ("stride", "padding", "dilation", "padding_mode")}
+        self.widths = [len(channels) for channels in form.groups.values()]  # input channels, by number of kernels
+        self.full = nn.Conv2d(full.shape[1], len(full), bias=conv.bias is not None, **like)
+        self.full.load_state_dict({"weight": full} | ({} if conv.bias is None else {"bias": conv.bias}))
+        self.shared = nn.ModuleList()
+        rows, start = [], 0
+        for part, (q, channels, index) in zip(parts, form.shared, strict=True):
+            count = len(channels)
+            shared = nn.Conv2d(count, q * count, groups=count, bias=False, **like)
+            shared.load_state_dict({"weight": part.transpose(0, 1).flatten(0, 1)[:, None]})
+            self.shared.append(shared)
+            rows.append(index.long() + q * torch.arange(count, device=full.device) + start)
+            start += q * count
+        self.register_buffer("read", form.order.clone())
         self.register_buffer("rows", torch.cat(rows, 1) if rows else None)
-        self.shared = nn.Conv2d(start, start, size, groups=start, bias=False, **geometry) if rows else None  # type: ignore
-        with torch.no_grad():
-            self.full.weight.copy_(full)
-            if conv.bias is not None:
-                assert self.full.bias is not None
-                self.full.bias.copy_(conv.bias)
-            if self.shared is not None:
-                self.shared.weight.copy_(torch.cat(kernels)[:, None])
         self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, N, H', W')."""
-        out = self.full(x.index_select(1, self.read))
-        if self.shared is None:
+        full, *parts = x.index_select(1, self.read).split(self.widths, 1)
+        out = self.full(full)
+        if not parts:
             return out
-        results = self.shared(x.index_select(1, self.repeated)).transpose(0, 1)
+        results = torch.cat([conv(part) for conv, part in zip(self.shared, parts, strict=True)], 1).transpose(0, 1)
         fused = F.embedding_bag(self.rows, results.flatten(1), mode="sum")  # (N, C') of (sum q, B * H' * W')
         return out + fused.view(-1, *results.shape[1:]).transpose(0, 1)
 

@@ -212,17 +212,17 @@ def test_gates_of_the_papers_networks(network, shape, gates, controllers, heads,
 
 
 def test_where_masks_are_applied():
-    resnet = trace_units(resnet20(), SMALL).units
+    with torch.device("meta"):
+        networks = [resnet20(), torchvision.models.resnet18(), googlenet_cifar(), torchvision.models.vgg16()]
+    shapes = [SMALL, LARGE, SMALL, LARGE]
+    resnet, imagenet, google, vgg = (trace_units(n, s).units for n, s in zip(networks, shapes, strict=True))
     assert (resnet["layer1.0.conv1"].sink, resnet["layer1.0.conv1"].at_input) == ("layer1.0.relu1", False)
     assert resnet["layer1.0.conv2"].sink == "layer1.0.bn2"  # before the sum
-    imagenet = trace_units(torchvision.models.resnet18(), LARGE).units
     # One ReLU module for both places, so that it cannot say which channels it writes; the reader can.
     assert (imagenet["layer1.0.conv1"].sink, imagenet["layer1.0.conv1"].at_input) == ("layer1.0.conv2", True)
     assert imagenet["layer2.0.downsample.0"].sink == "layer2.0.downsample.1"
     assert imagenet["layer2.0.downsample.0"].in_channels == 64  # the block's input
-    google = trace_units(googlenet_cifar(), SMALL).units
     assert google["a3.branch_pool.out.conv"].source == "a3.branch_pool.pool"  # sees what is pooled
-    vgg = trace_units(torchvision.models.vgg16(), LARGE).units
     assert (vgg["features.2"].norm, vgg["features.2"].sink) == ("", "features.3")
     functional = trace_units(Foreign().net, (1, 1, 8, 8)).units
     assert (functional["blocks.0.conv1"].sink, functional["blocks.0.conv1"].at_input) == ("blocks.0.conv2", True)
@@ -384,9 +384,11 @@ def test_controllers_stay_in_float32_under_autocast():
     ],
 )
 def test_expected_macs(network, density, macs):
-    structure = trace_units(network(), SMALL)
+    with torch.device("meta"):
+        module = network()
+    structure = trace_units(module, SMALL)
     names = [name for name in structure.units if name != structure.stem]
-    dense = {layer.name: layer.macs for layer in profile(network(), SMALL).layers}
+    dense = {layer.name: layer.macs for layer in profile(module, SMALL).layers}
     expected = expected_macs(dense, structure.reads(names)[0], dict.fromkeys(names, density))
     assert round(sum(expected.values())) == macs
 
@@ -460,11 +462,11 @@ def test_filters_that_are_never_selected_can_go():
 def test_skipping_computes_the_same(network, shape):
     torch.manual_seed(0)
     module = gated(network(), shape)
-    images = torch.randn(6, *shape[1:])
+    images = torch.randn(4, *shape[1:])
     spread(module, images)
     densities = [mask.float().mean() for mask in masks_of(module, images).values()]
     assert 0.3 < sum(densities) / len(densities) < 0.7
-    assert len(path(module, images).unique(dim=0)) >= 4
+    assert len(path(module, images).unique(dim=0)) >= 3
     fast = dynamic_copy(module, torch.zeros(shape))
     assert not gates_of(fast)
     with torch.inference_mode():
@@ -526,10 +528,11 @@ def test_layers_that_cannot_skip_keep_their_gates():
 
 
 def test_default_order_of_the_divergence_is_that_of_the_authors_code():
-    assert _direction_of(Foreign(vgg19_cifar())) == "out_from_mask"
-    assert _direction_of(torchvision.models.vgg11()) == "out_from_mask"
-    assert _direction_of(resnet20()) == "out_from_mask"
-    assert _direction_of(resnet56()) == _direction_of(googlenet_cifar()) == "mask_from_out"
+    with torch.device("meta"):
+        swapped = Foreign(vgg19_cifar()), torchvision.models.vgg11(), resnet20()
+        first = resnet56(), googlenet_cifar(), torchvision.models.resnet18()
+    assert {_direction_of(network) for network in swapped} == {"out_from_mask"}
+    assert {_direction_of(network) for network in first} == {"mask_from_out"}
 
 
 def run(tmp_path, epochs=12, lr=0.05, **kwargs):
@@ -540,7 +543,9 @@ def run(tmp_path, epochs=12, lr=0.05, **kwargs):
 
 
 def test_more_weight_on_sparsity_selects_fewer_filters(tmp_path):
-    densities = [run(tmp_path, lambda_s=weight)[1][f"val/{NAME}/density"].item() for weight in (0.0, 0.03, 0.1)]
+    densities = [
+        run(tmp_path, epochs=8, lambda_s=weight)[1][f"val/{NAME}/density"].item() for weight in (0.0, 0.05, 0.2)
+    ]
     assert densities[0] > densities[1] + 0.05 > densities[2] + 0.1
 
 
@@ -712,6 +717,13 @@ def test_what_cannot_be_gated_is_refused(tmp_path):
     dense = nn.Sequential(nn.Conv2d(1, 8, 1), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
     with pytest.raises(MisconfigurationException, match="num_classes cannot be told from outputs of shape"):
         fit(Foreign(dense), tmp_path, ArchitectureDecoupling())
+
+
+def test_norms_that_will_be_replaced_are_refused(tmp_path):
+    trainer = make_trainer(tmp_path, ArchitectureDecoupling())
+    trainer.strategy._layer_sync = object()  # as sync_batchnorm=True makes with several devices
+    with pytest.raises(MisconfigurationException, match="sync_batchnorm=True replaces"):
+        trainer.fit(made(), digits())
 
 
 @pytest.mark.real_data

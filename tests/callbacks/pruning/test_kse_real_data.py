@@ -9,8 +9,8 @@ from pathlib import Path
 import foreign
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from real_data import real_data
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress.callbacks import KSE
 from lightning_compress.core.profile import profile
@@ -75,17 +75,22 @@ def test_size_by_the_official_axis(levels: int, shift: int, params: int, million
         assert round(total + words) == {6: 430_232, 7: 378_250}[levels]
 
 
-def accuracy(folder: Path, method: KSE) -> float:
-    """On 250 test images."""
+@cache
+def images() -> list[torch.Tensor]:
+    """The first 250 test images, and their labels."""
     root = real_data("cifar10.npz", WEIGHTS)
-    trainer = Trainer(max_epochs=0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                      enable_model_summary=False, limit_test_batches=1, callbacks=[method],
-                      default_root_dir=folder)  # fmt: skip
-    module = ImageClassifier("resnet56", weights=str(root / WEIGHTS))
-    data = CIFAR10(root, batch_size=128, eval_batch_size=250, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    data = CIFAR10(root, eval_batch_size=250, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    data.setup("test")
+    return next(iter(data.test_dataloader()))
+
+
+def accuracy(folder: Path, method: KSE) -> float:
+    x, y = images()
+    module = ImageClassifier("resnet56", weights=str(real_data(WEIGHTS) / WEIGHTS))
     with foreign.no_pictures:
-        trainer.fit(module, data)
-    return trainer.test(module, data, verbose=False)[0]["test/acc"]
+        foreign.make_trainer(folder, method, max_epochs=0).fit(module, DataLoader(TensorDataset(x, y)))
+    with torch.no_grad():
+        return (module.eval()(x).argmax(1) == y).float().mean().item()
 
 
 def test_accuracy_before_fine_tuning_falls_with_the_levels(tmp_path: Path) -> None:

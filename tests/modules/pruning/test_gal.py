@@ -33,7 +33,7 @@ from lightning_compress.modules import GAL
 from lightning_compress.modules.pruning.gal import FISTA, Discriminator, Point, find_points, shrink
 from lightning_compress.modules.pruning.gal.adversary import discriminator_loss, frozen, verdict
 from lightning_compress.modules.pruning.gal.cut import SelectConv2d, cut_copy, plan_cut, rehearse
-from lightning_compress.modules.pruning.gal.masks import Search, begin_search, masking
+from lightning_compress.modules.pruning.gal.masks import Search, begin_search, mask_map, masking
 from lightning_compress.networks import (
     CIFARVGG,
     CIFARDenseNet,
@@ -382,6 +382,17 @@ def test_initial_masks() -> None:
     one, two, three = (Search(points, 10, "official", seed=s).flat() for s in (0, 0, 1))
     assert torch.equal(one, two)
     assert not torch.equal(one, three)
+
+
+def test_a_picture_of_the_masks() -> None:
+    points = [Point(f"{stage}.{i}.bn", "block", f"{stage}.{i}") for stage, n in (("a", 3), ("b", 1)) for i in range(n)]
+    points += [Point("c.conv", "channel", "c", 2)]
+    masks = dict(zip([p.at for p in points], map(torch.tensor, ([1.0], [0.0], [2.0], [3.0], [4.0, 5.0])), strict=True))
+    values, rows = mask_map(points, masks)
+    assert rows == ["a", "b", "c.conv"]
+    nan = float("nan")
+    expected = torch.tensor([[1, nan, 2], [3, nan, nan], [5, 4, nan]])
+    torch.testing.assert_close(values, expected, equal_nan=True)
 
 
 def test_masks_multiply_in_the_precision_of_the_network() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -45,6 +45,7 @@ from lightning_compress.core.select import match
 from lightning_compress.core.surgery import (
     attach_record,
     change_in_setup,
+    check_trainer,
     read_steps,
     replay_in_setup,
     resume_path,
@@ -76,7 +77,7 @@ class ArchitectureDecoupling(Callback):
         init: how controllers start, see :class:`.gates.Gate`. The authors' code ends with ``"kaiming"`` in the CIFAR
             ResNets and GoogLeNet, which then start near chance.
         recalibrate_bn: training batches of 128 to run at the end with binary masks, for the statistics of batch norms,
-            which training gathered with soft and noisy ones.
+            which training gathered with soft and noisy ones. Not with averages of the weights.
         num_batches: training batches of 128 on which paths are counted at the end if validation did not just do it.
         seed: of the controllers' first weights, and of the noise. The noise of a step depends on seed, process, epoch
             and batch alone, so that a resumed run draws the same.
@@ -147,8 +148,9 @@ class ArchitectureDecoupling(Callback):
         self.statistics: PathStatistics | None = None  # of the last validation
         self._counted_at = -1  # the step after which they were taken
         self._handles: list[Any] = []
-        self._seen: list[tuple[Gate, Tensor, Tensor]] = []  # of this step: gate, mask, pooled output
+        self._seen: list[tuple[Gate, Tensor, Any]] = []  # of this step: gate, mask, pooled output
         self._masks: dict[str, list[Tensor]] = {}  # of this validation batch
+        self._watching = ExitStack()
         self._left_alone: dict[str, str] = {}
 
     # ---- structure
@@ -162,6 +164,8 @@ class ArchitectureDecoupling(Callback):
         record = attach_record(pl_module)
         if stage != "fit":
             return
+        if self.recalibrate_bn:
+            check_trainer(trainer, "ArchitectureDecoupling(recalibrate_bn)", in_fit=True)
         open_account(trainer, pl_module)
         checkpoint = resume_path(trainer)
         if checkpoint is not None:
@@ -216,6 +220,7 @@ class ArchitectureDecoupling(Callback):
             handle.remove()
         for gate in gates_of(pl_module).values():
             gate.seed = gate.watch = None
+        self._watching.close()
         self._handles, self._seen, self._masks = [], [], {}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -280,13 +285,7 @@ class ArchitectureDecoupling(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._counts(trainer):
-            self.statistics = self._fresh_statistics(trainer, pl_module)
-
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if self._counts(trainer):
-            self._watch_masks(pl_module)
+            self._begin(trainer, pl_module)
 
     def on_validation_batch_end(
         self,
@@ -302,18 +301,18 @@ class ArchitectureDecoupling(Callback):
                 targets = targets_of(batch, "ArchitectureDecoupling")
             except MisconfigurationException:  # of classes nothing is learnt then
                 targets = None
-            self._count(pl_module, targets)
+            self._count(targets)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._counts(trainer) or self.statistics is None:
+        if not self._counts(trainer):
             return
-        self._reduce(trainer, pl_module)
+        statistics = self._end(trainer, pl_module)
         self._counted_at = trainer.global_step
-        densities = self.statistics.densities
+        densities = statistics.densities
         totals = {
             "density": sum(densities.values()) / len(densities),
-            "macs": sum(self.macs(trainer, pl_module).values()),
-            "path_diversity": sum(self.statistics.diversity.values()) / len(densities),
+            "macs": sum(self._macs(trainer, pl_module, statistics).values()),
+            "path_diversity": sum(statistics.diversity.values()) / len(densities),
         }
         for name, value in totals.items():
             pl_module.log(f"val/{NAME}/{name}", float(value), sync_dist=True)
@@ -322,44 +321,42 @@ class ArchitectureDecoupling(Callback):
                 layers = {f"{NAME}/density/{name}": value for name, value in densities.items()}
                 logger.log_metrics(layers, step=trainer.global_step)
 
-    def macs(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        """Mean MACs per image of every layer, as counted on the last validation, controllers among them."""
-        assert self.statistics is not None
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Watch the masks of all gates, and start counting."""
+        gates = gates_of(pl_module)
         with silenced(pl_module):
-            dense = {
-                layer.name: layer.macs for layer in profile(pl_module, find_example_input(trainer, pl_module)).layers
-            }
+            reads, _ = trace_units(pl_module, find_example_input(trainer, pl_module)).reads(gates)
+        widths = {name: gate.expand.out_features for name, gate in gates.items()}
+        self.statistics = PathStatistics(widths, reads, next(iter(gates.values())).head.out_features)
+        self._masks = {name: [] for name in gates}
+        self._watching.enter_context(watching(gates, lambda name, mask, _: self._masks[name].append(mask.detach())))
+
+    def _count(self, targets: Tensor | None = None) -> None:
+        """Add the masks since the last call."""
+        if self.statistics is not None and all(self._masks.values()):
+            self.statistics.update({name: torch.cat(masks) for name, masks in self._masks.items()}, targets)
+        for masks in self._masks.values():
+            masks.clear()
+
+    def _end(self, trainer: Trainer, pl_module: LightningModule) -> PathStatistics:
+        """Watch no more; what was counted, in all processes."""
+        self._watching.close()
+        assert self.statistics is not None
+        if trainer.world_size > 1:
+            sums = self.statistics.flat().to(pl_module.device)
+            self.statistics.load_flat(trainer.strategy.reduce(sums, reduce_op="sum"))
+        return self.statistics
+
+    def _macs(self, trainer: Trainer, pl_module: LightningModule, statistics: PathStatistics) -> dict[str, float]:
+        """Mean MACs per image of every layer, controllers among them."""
+        with silenced(pl_module):
+            layers = profile(pl_module, find_example_input(trainer, pl_module)).layers
         own = {
             f"{NAME}.{name}.{part}": getattr(gate, part).weight.numel()
             for name, gate in gates_of(pl_module).items()
             for part in ("reduce", "expand")
         }
-        return {**self.statistics.mean_macs(dense), **own}
-
-    def _fresh_statistics(self, trainer: Trainer, pl_module: LightningModule) -> PathStatistics:
-        gates = gates_of(pl_module)
-        with silenced(pl_module):
-            reads, _ = trace_units(pl_module, find_example_input(trainer, pl_module)).reads(gates)
-        widths = {name: gate.expand.out_features for name, gate in gates.items()}
-        return PathStatistics(widths, reads, next(iter(gates.values())).head.out_features)
-
-    def _watch_masks(self, pl_module: LightningModule) -> None:
-        self._masks = {name: [] for name in gates_of(pl_module)}
-        self._watcher = watching(gates_of(pl_module), lambda name, mask, _: self._masks[name].append(mask.detach()))
-        self._watcher.__enter__()
-
-    def _count(self, pl_module: LightningModule, targets: Tensor | None) -> None:
-        self._watcher.__exit__(None, None, None)
-        assert self.statistics is not None
-        if all(self._masks.values()):
-            self.statistics.update({name: torch.cat(masks) for name, masks in self._masks.items()}, targets)
-        self._masks = {}
-
-    def _reduce(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self.statistics is not None
-        if trainer.world_size > 1:
-            sums = self.statistics.flat().to(pl_module.device)
-            self.statistics.load_flat(trainer.strategy.reduce(sums, reduce_op="sum"))
+        return {**statistics.mean_macs({layer.name: layer.macs for layer in layers}), **own}
 
     # ---- the end
 
@@ -369,20 +366,20 @@ class ArchitectureDecoupling(Callback):
         if self.recalibrate_bn:
             recalibrate_batch_norm(trainer, pl_module, self.recalibrate_bn, BATCH)
         if self.recalibrate_bn or self._counted_at != trainer.global_step:
-            self.statistics = self._fresh_statistics(trainer, pl_module)
+            self._counted_at = -1
+            self._begin(trainer, pl_module)
             with evaluating(pl_module):
                 for images in training_inputs(trainer, pl_module, self.num_batches * BATCH, BATCH):
-                    self._watch_masks(pl_module)
                     pl_module(trainer.precision_plugin.convert_input(images))
-                    self._count(pl_module, None)
-            self._reduce(trainer, pl_module)
+                    self._count()
+            self._end(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._number(trainer) or self.statistics is None:
             return
-        macs = self.macs(trainer, pl_module)
+        macs = self._macs(trainer, pl_module, self.statistics)
         densities = self.statistics.densities
-        where = "validation" if self._counted_at == trainer.global_step and not self.recalibrate_bn else "training"
+        where = "training" if self._counted_at < 0 else "validation"
         notes = [
             f"MACs are the mean over {int(self.statistics.images)} {where} images of what each of them needs. "
             f"{sum(densities.values()) / len(densities):.1%} of the filters are selected, none is removed.",
@@ -391,21 +388,20 @@ class ArchitectureDecoupling(Callback):
         costs = {name: LayerCost(macs=round(macs[name])) for name in self.statistics.layers}
         close_account(trainer, pl_module, notes=notes, left_alone=self._left_alone, costs=costs)
         if trainer.is_global_zero and plots.available():
-            self._draw(trainer)
+            self._draw(trainer, self.statistics)
 
-    def _draw(self, trainer: Trainer) -> None:
-        assert self.statistics is not None
-        widths = self.statistics.widths
-        diversity = self.statistics.diversity
+    def _draw(self, trainer: Trainer, statistics: PathStatistics) -> None:
         shares = {
-            "selected": list(self.statistics.densities.values()),
-            "differs between two images": [diversity[name] / width for name, width in widths.items()],
+            "selected": list(statistics.densities.values()),
+            "differs between two images": [
+                statistics.diversity[name] / width for name, width in statistics.widths.items()
+            ],
         }
         figure = plots.lines(shares, title="Path diversity", x_label="gated convolution", y_label="share of filters")
         log_figure(trainer, f"{NAME}/path_diversity", figure)
-        if self.statistics.class_sizes.any():
+        if statistics.class_sizes.any():
             figure = plots.heat_map(
-                self.statistics.class_frequencies,
+                statistics.class_frequencies,
                 title="How often each class selects each filter",
                 row_label="class",
                 column_label="filter, layer by layer",

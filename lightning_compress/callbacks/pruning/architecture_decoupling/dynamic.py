@@ -36,12 +36,10 @@ class Controller:
     """
 
     def __init__(self, gate: Gate) -> None:
-        weights = [t.detach().numpy() for t in gate.parameters()]
-        first, first_bias, second, second_bias = weights
-        # A hidden unit that is always 1 carries the second bias.
-        self.first = np.pad(first.T, ((0, 0), (0, 1)))  # (C_in, hidden + 1)
-        self.first_bias = np.append(first_bias, np.float32(1))
-        self.second = np.concatenate([second.T, second_bias[None]])  # (hidden + 1, N)
+        one = torch.ones(1)  # a hidden unit that is always 1 carries the second bias
+        self.first = F.pad(gate.reduce.weight, (0, 0, 0, 1)).t().contiguous().numpy()  # (C_in, hidden + 1)
+        self.first_bias = torch.cat([gate.reduce.bias, one]).numpy()
+        self.second = torch.cat([gate.expand.weight.t(), gate.expand.bias[None]]).numpy()  # (hidden + 1, N)
         self.average = np.empty(0, np.float32)
         self.index = np.empty(0, np.int64)
         self.mask = np.empty((0, 0), bool)
@@ -95,8 +93,7 @@ class DynamicConv(nn.Module):
         weight, bias = fold(conv, norm)
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
-        self.kernels = weight.view(-1, math.prod(conv.kernel_size)).numpy()  # (N C, kh kw), the same memory
-        self.filters = weight.flatten(1).numpy()  # (N, C kh kw)
+        self.table = weight.flatten(2).numpy()  # (N, C, kh kw), the same memory
         self.biases = bias.numpy()
         self.shape = tuple(weight.shape)
         self.geometry: tuple[Any, ...] = (conv.stride, conv.padding, conv.dilation)
@@ -147,9 +144,9 @@ class DynamicConv(nn.Module):
         if chosen is None:
             if index is None:
                 return self.weight
-            return torch.from_numpy(self.filters.take(index, 0)).view(-1, channels, *size)
+            return torch.from_numpy(self.table.take(index, 0)).view(-1, channels, *size)
         rows = np.arange(filters) if index is None else index
-        kernels = self.kernels.take((rows * channels)[:, None] + chosen, 0)
+        kernels = self.table.reshape(filters * channels, -1).take((rows * channels)[:, None] + chosen, 0)
         return torch.from_numpy(kernels).view(rows.size, chosen.size, *size)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

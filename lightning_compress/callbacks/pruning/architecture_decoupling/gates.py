@@ -209,7 +209,7 @@ def detach_gates(module: nn.Module, names: list[str]) -> None:
 
 
 def gates_of(module: nn.Module) -> dict[str, Gate]:
-    """Convolution -> its gate, in forward order.
+    """Convolution -> its gate, in the order in which the network defines them.
 
     >>> gates_of(nn.Linear(2, 2))
     {}

@@ -283,9 +283,9 @@ class _Trace(TorchFunctionMode):
             if follower and follower.function in ACTIVATIONS:
                 end, sink = follower.writes, home(follower.writes)
                 reader = only_reader(end)
-                enters = reader is not None and reader.module in self.entered.get(end, ())
-                if not sink and enters and self.calls[reader.module] == 1:
-                    sink, at_input = reader.module, True
+                at = reader.module if reader else ""
+                if not sink and at in self.entered.get(end, ()) and self.calls[at] == 1:
+                    sink, at_input = at, True
             if self.calls.get(name) != 1:
                 found.left_alone[name] = f"runs {self.calls.get(name, 0)} times"
             elif name == last:

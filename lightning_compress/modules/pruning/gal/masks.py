@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 
 from lightning_compress.core.surgery import replayable
 from lightning_compress.modules.pruning.gal.adversary import Discriminator, Variant
@@ -89,6 +91,19 @@ class Search(nn.Module):
     def masking(self, network: nn.Module) -> Any:
         """Context in which `network` runs with the masks."""
         return masking(network, self.points, self.named())
+
+
+def mask_map(points: Sequence[Point], masks: Mapping[str, Tensor]) -> tuple[Tensor, list[str]]:
+    """Masks as a picture: (rows, columns), NaN where there is nothing or a zero, and the names of the rows.
+
+    A row per stage with its blocks, per concatenation with its branches, and per layer with its channels, sorted.
+    """
+    rows: dict[str, list[Tensor]] = defaultdict(list)
+    for point in points:
+        mask = masks[point.at].detach().float().cpu()
+        rows[point.at if point.size > 1 else point.unit.rpartition(".")[0]].append(mask.sort(descending=True).values)
+    values = pad_sequence([torch.cat(row) for row in rows.values()], batch_first=True, padding_value=torch.nan)
+    return values.where(values != 0, torch.nan), list(rows)
 
 
 @replayable

@@ -21,9 +21,10 @@ from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, StepLR
 
+from lightning_compress.core import plots
 from lightning_compress.core.losses import LossTermsMixin
 from lightning_compress.core.meta import evaluating
-from lightning_compress.core.report import close_account, open_account
+from lightning_compress.core.report import close_account, log_figure, open_account
 from lightning_compress.core.surgery import (
     attach_record,
     change_in_fit,
@@ -52,7 +53,7 @@ from lightning_compress.modules.pruning.gal.cut import (
     remove_structures,
 )
 from lightning_compress.modules.pruning.gal.fista import FISTA
-from lightning_compress.modules.pruning.gal.masks import MaskInit, Search, begin_search
+from lightning_compress.modules.pruning.gal.masks import MaskInit, Search, begin_search, mask_map
 from lightning_compress.modules.pruning.gal.points import Point, find_points
 
 NETWORK = "network."
@@ -77,7 +78,7 @@ class GAL(LossTermsMixin, ImageClassifier):
 
     Batches are (images, labels), in the search images alone will do. Logs what `ImageClassifier` logs, and in the
     search ``train/gal/discriminator``, ``train/gal/adversarial``, ``train/gal/data``, ``train/gal/l1`` (of the masks,
-    without lambda) and ``gal/survivors``.
+    without lambda) and ``gal/survivors``; at the end of the search, a picture of the masks.
 
     Args:
         network: see `ImageClassifier`; a trained one, unless `start_epoch` leaves time to train it.
@@ -445,6 +446,11 @@ class GAL(LossTermsMixin, ImageClassifier):
         note = f"{int(self._survivors(search))} of {search.size} masks survived the search."
         self._notes = [f"{note} Cut out: {gone}." if gone else note]
         rank_zero_info(f"GAL: {self._notes[0]}")
+        if self.trainer.is_global_zero and plots.available():
+            values, rows = mask_map(search.points, search.named())
+            columns = [str(i) for i in range(values.shape[1])]
+            title = "Masks at the end of the search; white ones are cut out"
+            log_figure(self.trainer, "gal/masks", plots.heat_map(values, title=title, rows=rows, columns=columns))
 
     # ---- the teacher: frozen, and no part of the module
 
