@@ -37,7 +37,7 @@ def test_commands_and_configs_exist(page: Path):
     for command in re.findall(r"^(?:.*&& )?lc (\w+)", shell, re.MULTILINE):
         assert command in COMMANDS
     for name in re.findall(r"--config (\S+)", shell):
-        if not name.endswith("config.yaml"):  # of a run
+        if not name.endswith(".yaml"):  # of a run
             find_config(name)
 
 
