@@ -27,11 +27,10 @@ from lightning_compress.core.surgery import (
     attach_record,
     channel_graph,
     check_cuts,
+    check_epoch,
     check_trainer,
     floor_width,
-    read_steps,
-    replay_in_setup,
-    resume_path,
+    resume_in_setup,
     scaled_macs,
     shrink_in_fit,
     shrink_in_setup,
@@ -139,23 +138,9 @@ class ChannelPruning(Callback):
         record = attach_record(pl_module)
         if stage != "fit":
             return
-        endless = trainer.max_epochs in (None, -1) or trainer.fast_dev_run  # type: ignore[attr-defined]
-        if self.start_epoch and not endless and self.start_epoch >= trainer.max_epochs:  # type: ignore[operator]
-            raise MisconfigurationException(
-                f"{type(self).__name__}(start_epoch={self.start_epoch}) never happens: the Trainer stops after "
-                f"max_epochs={trainer.max_epochs}."
-            )
+        check_epoch(trainer, type(self).__name__, "start_epoch", self.start_epoch)
         open_account(trainer, pl_module)
-        path = resume_path(trainer)
-        if path is not None:
-            steps = read_steps(path)
-            if self.start_epoch == 0 and not self._is_done(steps):
-                raise MisconfigurationException(
-                    f"{str(path)!r} was written by a run without {self.state_key}, so it cannot be resumed with it; "
-                    f"its network was changed by {' and '.join(step['by'] for step in steps) or 'nothing'}. To prune a "
-                    f"trained network, load its weights into the module and start a fit of its own."
-                )
-            replay_in_setup(trainer, pl_module, steps, by=type(self).__name__)
+        resume_in_setup(trainer, pl_module, by=self.state_key, required=self.start_epoch == 0)
         if self._is_done(record.steps):
             return
         if self.start_epoch == 0:

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_compress.core.surgery.plan import Cut
-from lightning_compress.core.surgery.record import Change, Step, attach_record, same_steps
+from lightning_compress.core.surgery.record import Change, Step, attach_record, read_steps, same_steps
 from lightning_compress.core.surgery.shrink import Swap, carry_optimizer
 
 
@@ -141,6 +141,47 @@ def replay_in_setup(trainer: Trainer, pl_module: LightningModule, steps: Sequenc
     if not same_steps(record.steps, steps):
         check_trainer(trainer, by, in_fit=False)
         record.replay(pl_module, steps)
+
+
+def resume_in_setup(trainer: Trainer, pl_module: LightningModule, *, by: str, required: bool = True) -> bool:
+    """Where this `fit` resumes, give the module the structure that the checkpoint records.
+
+    Args:
+        by: the method: its `state_key`.
+        required: whether the checkpoint must know the method, as one that acts in `setup` has acted in every
+            checkpoint of its run.
+
+    Returns:
+        Whether it resumes.
+
+    Raises:
+        MisconfigurationException: the checkpoint is of a run without the method; and see :func:`check_trainer`.
+    """
+    path = resume_path(trainer)
+    if path is None:
+        return False
+    steps = read_steps(path)
+    if required and not any(step["by"] == by for step in steps):
+        raise MisconfigurationException(
+            f"{path!r} was written by a run without {by}, so it cannot be resumed with it; its network was changed by "
+            f"{' and '.join(step['by'] for step in steps) or 'nothing'}. To compress a trained network, load its "
+            f"weights into the module and start a fit of its own."
+        )
+    replay_in_setup(trainer, pl_module, steps, by=by.partition("{")[0])
+    return True
+
+
+def check_epoch(trainer: Trainer, by: str, argument: str, epoch: int) -> None:
+    """An epoch in which something shall happen must come before the Trainer stops.
+
+    Raises:
+        MisconfigurationException: it does not.
+    """
+    endless = trainer.max_epochs in (None, -1) or trainer.fast_dev_run  # type: ignore[attr-defined]
+    if epoch and not endless and epoch >= trainer.max_epochs:  # type: ignore[operator]
+        raise MisconfigurationException(
+            f"{by}({argument}={epoch}) never happens: the Trainer stops after max_epochs={trainer.max_epochs}."
+        )
 
 
 def resume_path(trainer: Trainer) -> str | None:

@@ -46,9 +46,7 @@ from lightning_compress.core.surgery import (
     attach_record,
     change_in_setup,
     check_trainer,
-    read_steps,
-    replay_in_setup,
-    resume_path,
+    resume_in_setup,
 )
 from lightning_compress.networks import CIFARVGG, CIFARResNet
 
@@ -167,15 +165,7 @@ class ArchitectureDecoupling(Callback):
         if self.recalibrate_bn:
             check_trainer(trainer, "ArchitectureDecoupling(recalibrate_bn)", in_fit=True)
         open_account(trainer, pl_module)
-        checkpoint = resume_path(trainer)
-        if checkpoint is not None:
-            steps = read_steps(checkpoint)
-            if not any(step["by"] == self.state_key for step in steps):
-                raise MisconfigurationException(
-                    f"{str(checkpoint)!r} was written by a run without {self.state_key}, so it cannot be resumed with "
-                    f"it. To gate a trained network, load its weights into the module and start a fit of its own."
-                )
-            replay_in_setup(trainer, pl_module, steps, by="ArchitectureDecoupling")
+        resume_in_setup(trainer, pl_module, by=self.state_key)
         with silenced(pl_module):
             structure = trace_units(pl_module, find_example_input(trainer, pl_module))
         self._left_alone = structure.left_alone

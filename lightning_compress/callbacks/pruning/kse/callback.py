@@ -45,9 +45,7 @@ from lightning_compress.core.surgery import (
     attach_record,
     change_in_setup,
     check_trainer,
-    read_steps,
-    replay_in_setup,
-    resume_path,
+    resume_in_setup,
 )
 from lightning_compress.core.units import human
 
@@ -186,17 +184,7 @@ class KSE(Callback):
             return
         refuse_averaged_indices(trainer)
         open_account(trainer, pl_module)
-        path = resume_path(trainer)
-        if path is not None:
-            steps = read_steps(path)
-            if all(step["by"] != self.state_key for step in steps):
-                others = " and ".join(step["by"] for step in steps) or "nothing"
-                raise MisconfigurationException(
-                    f"{str(path)!r} was written by a run without {self.state_key}, so it cannot be resumed with it; "
-                    f"its network was changed by {others}. To compress a trained network, load its weights into the "
-                    f"module and start a fit of its own."
-                )
-            replay_in_setup(trainer, pl_module, steps, by="KSE")
+        resume_in_setup(trainer, pl_module, by=self.state_key)
         convs = self._convolutions(trainer, pl_module)
         self._left_alone = self._reasons(convs)
         if all(step["by"] != self.state_key for step in record.steps):

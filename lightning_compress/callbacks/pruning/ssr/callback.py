@@ -33,10 +33,9 @@ from lightning_compress.core.surgery import (
     attach_record,
     channel_graph,
     check_cuts,
+    check_epoch,
     check_trainer,
-    read_steps,
-    replay_in_setup,
-    resume_path,
+    resume_in_setup,
     shrink_in_fit,
 )
 from lightning_compress.core.surgery.compact import own_norm
@@ -184,12 +183,7 @@ class SSR(Callback):
         attach_record(pl_module)
         if stage != "fit":
             return
-        endless = trainer.max_epochs in (None, -1) or trainer.fast_dev_run  # type: ignore[attr-defined]
-        if self.start_epoch and not endless and self.start_epoch >= trainer.max_epochs:  # type: ignore[operator]
-            raise MisconfigurationException(
-                f"SSR(start_epoch={self.start_epoch}) never happens: the Trainer stops after "
-                f"max_epochs={trainer.max_epochs}."
-            )
+        check_epoch(trainer, "SSR", "start_epoch", self.start_epoch)
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 f"SSR counts optimiser steps, of which {type(pl_module).__name__} takes several at will: it optimises "
@@ -198,10 +192,8 @@ class SSR(Callback):
         check_trainer(trainer, "SSR", in_fit=True)
         open_account(trainer, pl_module)
         self._example = find_example_input(trainer, pl_module)
-        path = resume_path(trainer)
-        if path is not None:  # which layers and where in the timeline comes with the callback's state
-            self._begin()
-            replay_in_setup(trainer, pl_module, read_steps(path), by="SSR")
+        if resume_in_setup(trainer, pl_module, by=self.state_key, required=False):
+            self._begin()  # which layers, and where in the timeline, comes with the callback's state
         elif trainer.global_step == 0 or not self._lambdas:  # else the same Trainer goes on
             self._begin()
             self._choose(pl_module)

@@ -57,10 +57,9 @@ from lightning_compress.core.surgery import (
     change_in_setup,
     channel_graph,
     check_cuts,
+    check_epoch,
     check_trainer,
-    read_steps,
-    replay_in_setup,
-    resume_path,
+    resume_in_setup,
     shrink_in_fit,
     undo_changes,
 )
@@ -214,22 +213,9 @@ class WhiteBox(Callback):
         record = attach_record(pl_module)
         if stage != "fit":
             return
-        endless = trainer.max_epochs in (None, -1) or trainer.fast_dev_run  # type: ignore[attr-defined]
-        if not endless and self.end_epoch >= trainer.max_epochs:  # type: ignore[operator]
-            raise MisconfigurationException(
-                f"WhiteBox(end_epoch={self.end_epoch}) never happens: the Trainer stops after "
-                f"max_epochs={trainer.max_epochs}."
-            )
+        check_epoch(trainer, "WhiteBox", "end_epoch", self.end_epoch)
         open_account(trainer, pl_module)
-        path = resume_path(trainer)
-        if path is not None:
-            steps = read_steps(path)
-            if not any(step["by"] == self.state_key for step in steps):
-                raise MisconfigurationException(
-                    f"{str(path)!r} was written by a run without {self.state_key}, so it cannot be resumed with it. To "
-                    f"prune a trained network, load its weights into the module and start a fit of its own."
-                )
-            replay_in_setup(trainer, pl_module, steps, by="WhiteBox")
+        resume_in_setup(trainer, pl_module, by=self.state_key)
         if not any(step["by"] == self.state_key and not step.get("change") for step in record.steps):
             self._prepare(trainer, pl_module)
 

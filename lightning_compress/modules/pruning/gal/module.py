@@ -29,10 +29,9 @@ from lightning_compress.core.surgery import (
     attach_record,
     change_in_fit,
     change_in_setup,
+    check_epoch,
     check_trainer,
-    read_steps,
-    replay_in_setup,
-    resume_path,
+    resume_in_setup,
     shrink_in_fit,
     undo_changes,
 )
@@ -239,9 +238,7 @@ class GAL(LossTermsMixin, ImageClassifier):
         check_trainer(self.trainer, "GAL", in_fit=True)
         with self._plain(self.network):
             open_account(self.trainer, self)
-        path = resume_path(self.trainer)
-        if path is not None:
-            replay_in_setup(self.trainer, self, read_steps(path), by="GAL")
+        resume_in_setup(self.trainer, self, by="GAL", required=False)
         if self.phase == "fine-tuning":
             return
         # what cannot work is found now, not hours later when the search begins
@@ -505,13 +502,10 @@ class GAL(LossTermsMixin, ImageClassifier):
     # ---- small matters
 
     def _check_epochs(self) -> None:
+        check_epoch(self.trainer, "GAL", "start_epoch", self.start_epoch)
         end = self.trainer.max_epochs
         if end in (None, -1) or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if self.start_epoch >= end:
-            raise MisconfigurationException(
-                f"GAL(start_epoch={self.start_epoch}) never happens: the Trainer stops after max_epochs={end}."
-            )
         if self.search_epochs is not None and self.start_epoch + self.search_epochs >= end:
             rank_zero_warn(
                 f"GAL(search_epochs={self.search_epochs}): the Trainer stops after max_epochs={end}, before the cut. "
