@@ -538,6 +538,7 @@ def test_recomputed_activations_see_the_same_mixture(reentrant: bool, position: 
 
 
 def test_masks_work_in_a_compiled_network(tmp_path: Path) -> None:
+    torch.compiler.reset()  # of code compiled for another module of this class, without hooks
     masks = []
     for compiled in (False, True):
         module, watch = foreign.made(), Watch()
