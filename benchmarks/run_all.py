@@ -7,7 +7,10 @@ from importlib import import_module
 
 from _alternate import machine, report
 
-BENCHMARKS = ("startup", "profiling", "surgery", "callback_overhead", "hrank", "pruned_latency")
+BENCHMARKS = (
+    "startup", "profiling", "surgery", "callback_overhead", "hrank", "pruned_latency",
+    "magnitude_pruning", "lbc", "lottery_jackpots", "pconv",
+)  # fmt: skip
 
 
 def main() -> int:

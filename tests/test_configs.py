@@ -100,7 +100,7 @@ def pruner_and_network(row: Row) -> tuple[Any, tuple[Any, ...]]:
 
 
 def rows(sequential: bool) -> list[Row]:
-    found = [row for card in cards("ready") for row in card.published]
+    found = [row for card in cards("ready") if card.family == "pruning" for row in card.published]
     return [row for row in found if row.setting.startswith("sequential") == sequential]
 
 

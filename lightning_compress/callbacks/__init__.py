@@ -6,5 +6,26 @@ from lightning_compress.callbacks.pruning.hrank import HRank
 from lightning_compress.callbacks.pruning.l1_norm import L1Norm
 from lightning_compress.callbacks.pruning.random_channels import RandomChannels
 from lightning_compress.callbacks.restore_compressed import RestoreCompressed
+from lightning_compress.callbacks.sparsity.admm_nn import ADMMNN
+from lightning_compress.callbacks.sparsity.lbc import LBC
+from lightning_compress.callbacks.sparsity.lottery_jackpots import LotteryJackpots
+from lightning_compress.callbacks.sparsity.magnitude_pruning import MagnitudePruning
+from lightning_compress.callbacks.sparsity.pattern_pruning import PatternPruning
+from lightning_compress.callbacks.sparsity.pcnn import PCNN
+from lightning_compress.callbacks.sparsity.pconv import PCONV
 
-__all__ = ["ExportCompressed", "FilterSketch", "HRank", "L1Norm", "RandomChannels", "RestoreCompressed"]
+__all__ = [
+    "ADMMNN",
+    "LBC",
+    "PCNN",
+    "PCONV",
+    "ExportCompressed",
+    "FilterSketch",
+    "HRank",
+    "L1Norm",
+    "LotteryJackpots",
+    "MagnitudePruning",
+    "PatternPruning",
+    "RandomChannels",
+    "RestoreCompressed",
+]

@@ -14,6 +14,7 @@ from lightning_compress.core.surgery.fit import (
     shrink_in_fit,
     shrink_in_setup,
     undo_changes,
+    undo_in_fit,
 )
 from lightning_compress.core.surgery.graph import ChannelGraph, Group
 from lightning_compress.core.surgery.plan import (
@@ -56,5 +57,6 @@ __all__ = [
     "shrink_in_fit",
     "shrink_in_setup",
     "undo_changes",
+    "undo_in_fit",
     "widths",
 ]

@@ -1,0 +1,1 @@
+"""Weights that are zero: masks, N:M groups, pattern storage."""
