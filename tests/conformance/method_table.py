@@ -25,7 +25,6 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "admm_nn": {"prune_epochs": 1, "retrain_epochs": 1, "quant_epochs": 1, "quant_rounds": 0, "every_n_epochs": 1},
     "admm_nn quantised": {"prune_epochs": 1, "retrain_epochs": 1, "quant_epochs": 1, "quant_rounds": 0,
                           "weight_bits": 3, "every_n_epochs": 1},
-    "admm_nn partial": {"sparsity": None, "weight_bits": 4, "quant_epochs": 1, "quant_rounds": 2, "partial_epochs": 1},
     "admm_nn filter": {"sparsity": {"*conv1": 0.5}, "structure": "filter", "prune_epochs": 2, "every_n_epochs": 1},
     "hrank": {"num_batches": 1, "rank_batch_size": 32},
     "hrank sequential": {"mode": "sequential", "num_batches": 1, "rank_batch_size": 32, "epochs_per_layer": 2,

@@ -67,6 +67,37 @@ def library_picture(library: Tensor, shares: Tensor, across: int = 12) -> Tensor
     return tiles.unflatten(0, (-1, across)).transpose(1, 2).flatten(2).flatten(0, 1)[:-1, :-1]
 
 
+def draw_patterns(trainer: Trainer, name: str, ids: Mapping[str, Tensor], libraries: Mapping[str, Tensor]) -> None:
+    """Pictures of the shapes, and of how often each layer has them, ``<name>.png`` and ``<name>_by_layer.png``.
+
+    Args:
+        name: of the pictures.
+        ids: layer -> number of each kernel's shape in the layer's library.
+        libraries: one for each layer, or one for all of them.
+    """
+    if not (trainer.is_global_zero and plots.available()):
+        return
+    every = libraries.get(SHARED)
+    if every is None:  # all that occur, in lexicographic order
+        every = torch.cat(list(libraries.values())).int().unique(dim=0).flip(0).bool()
+    votes = torch.zeros(len(ids), len(every))
+    for row, (layer, own) in zip(votes, ids.items(), strict=True):
+        library = libraries.get(SHARED, libraries.get(layer))
+        assert library is not None
+        places = (library[:, None] == every).all(-1).int().argmax(1)
+        row[places] = torch.bincount(own.flatten().cpu(), minlength=len(library)).float()
+    columns = ["".join(map(str, row.nonzero()[:, 0].tolist())) for row in every]
+    picture = library_picture(every, votes.sum(0) / votes.sum())
+    no_rows, no_columns = ([""] * size for size in picture.shape)
+    shapes = plots.heat_map(picture, title="Patterns, by their share of the kernels", rows=no_rows, columns=no_columns)
+    shares = votes / votes.sum(1, keepdim=True)
+    layers = plots.heat_map(
+        shares, title="Share of each pattern by layer", column_label="taps kept", rows=list(ids), columns=columns
+    )
+    log_figure(trainer, name, shapes)
+    log_figure(trainer, f"{name}_by_layer", layers)
+
+
 class PatternPruning(PCONV):
     """Find the few shapes that kernels settle on, bring all to these, and remove whole kernels, by ADMM in the fit.
 
@@ -212,7 +243,8 @@ class PatternPruning(PCONV):
             for layer, kernels in stays.items():
                 if layer in self.splits.u:
                     self.splits.u[layer]["pattern"].mul_(kernels[:, :, None, None])
-        self.draw(trainer, f"votes_on_{len(next(iter(self.libraries.values())))}", chosen, self.libraries)
+        size_before = len(next(iter(self.libraries.values())))
+        draw_patterns(trainer, f"{self.NAME}/votes_on_{size_before}", chosen, self.libraries)
         self.libraries = trainer.strategy.broadcast(smaller)
 
     def best_shapes(self, pl_module: LightningModule) -> dict[str, Tensor]:
@@ -255,7 +287,7 @@ class PatternPruning(PCONV):
                 layer: (mask[:, None] == self.library_for(layer)).all(-1).int().argmax(1)
                 for layer, mask in masks.items()
             }
-            self.draw(trainer, "library", ids, self.libraries)
+            draw_patterns(trainer, f"{self.NAME}/library", ids, self.libraries)
             library = next(iter(self.libraries.values()))
             notes.append(
                 f"Library of {len(library)} shapes: {taps_of(library).tolist()}."
@@ -263,29 +295,3 @@ class PatternPruning(PCONV):
                 else f"A library of {len(library)} shapes in each layer."
             )
         return costs, notes
-
-    def draw(self, trainer: Trainer, name: str, ids: Mapping[str, Tensor], libraries: Mapping[str, Tensor]) -> None:
-        """Pictures of the shapes, and of how often each layer has them."""
-        if not (trainer.is_global_zero and plots.available()):
-            return
-        every = libraries.get(SHARED)
-        if every is None:  # all that occur, in lexicographic order
-            every = torch.cat(list(libraries.values())).int().unique(dim=0).flip(0).bool()
-        votes = torch.zeros(len(ids), len(every))
-        for row, (layer, own) in zip(votes, ids.items(), strict=True):
-            library = libraries.get(SHARED, libraries.get(layer))
-            assert library is not None
-            places = (library[:, None] == every).all(-1).int().argmax(1)
-            row[places] = torch.bincount(own.flatten().cpu(), minlength=len(library)).float()
-        columns = ["".join(map(str, taps)) for taps in taps_of(every).tolist()]
-        picture = library_picture(every, votes.sum(0) / votes.sum())
-        no_rows, no_columns = ([""] * size for size in picture.shape)
-        shapes = plots.heat_map(
-            picture, title="Patterns, by their share of the kernels", rows=no_rows, columns=no_columns
-        )
-        shares = votes / votes.sum(1, keepdim=True)
-        layers = plots.heat_map(
-            shares, title="Share of each pattern by layer", column_label="taps kept", rows=list(ids), columns=columns
-        )
-        log_figure(trainer, f"{self.NAME}/{name}", shapes)
-        log_figure(trainer, f"{self.NAME}/{name}_by_layer", layers)

@@ -26,6 +26,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_compress.callbacks.sparsity.pattern_pruning import draw_patterns
 from lightning_compress.callbacks.sparsity.pconv import find_rules, rates
 from lightning_compress.core.example_input import find_example_input
 from lightning_compress.core.inference_copy import inference_copy
@@ -37,6 +38,7 @@ from lightning_compress.core.sparse.admm import ADMM, Artefact, Phase, Problem
 from lightning_compress.core.sparse.formats import SPM, decode_spm, encode_spm, save_spm
 from lightning_compress.core.sparse.patterns import (
     all_patterns,
+    best_patterns,
     count_votes,
     kernel_mask,
     most_frequent,
@@ -130,7 +132,7 @@ class SPMConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """What the pruned convolution computes."""
-        padding = self.padding
+        padding: Any = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._around, mode=self.padding_mode), 0
         return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
@@ -213,7 +215,8 @@ class PCNN(ADMM):
     lists them.
 
     What is stored: zeros in plain weights. At the end of the fit ``pcnn.spm`` is written beside the account, which
-    counts its bytes; see `lightning_compress.core.sparse.formats`.
+    counts its bytes; see `lightning_compress.core.sparse.formats`. Pictures of all shapes, and of those of each layer,
+    lie beside it.
 
     With several processes shapes and masks are rank 0's.
 
@@ -348,6 +351,8 @@ class PCNN(ADMM):
             f"{max(len(spm.table) for spm in packed.values())} shapes per layer: {dense / weights:.2f}× fewer bytes of "
             f"weights, {dense / (weights + index):.2f}× with the codes; the ideal speed-up is the first.",
         ]
+        ids = {layer: best_patterns(decode_spm(packed[layer])[0], self.libraries[layer].cpu()) for layer in packed}
+        draw_patterns(trainer, f"{self.NAME}/library", ids, self.libraries)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             same = [c for c in trainer.callbacks if type(c) is type(self)]  # type: ignore[attr-defined]
             number = same.index(self)

@@ -27,6 +27,7 @@ in the log, the masks afterwards, checkpoints, the account. A method subclasses 
   quantisation, whose projection is then one that keeps zeros); change U of some kernels first (pattern pruning).
 * `update(pl_module, phase)`, if an update does more than that.
 * `own_state()`, `load_own_state(state)`: further plain data for the checkpoint (libraries, scales, frozen values).
+* `follow_cuts(cuts)`, if it keeps more that has the shape of a weight; `weight_widths()`, if it quantises.
 * `artefact(trainer, pl_module)`: what is written beside the account: costs of layers and sentences for the reader.
 
 Whatever a phase changes happens at `on_train_epoch_start`: at the end of an epoch a checkpoint would pair pruned

@@ -430,8 +430,16 @@ def test_bad_arguments(arguments: dict[str, Any], message: str, tmp_path: Path) 
 # ---- learning
 
 
+def three_layers() -> nn.Module:
+    layers: list[nn.Module] = []
+    for channels, width in ((1, 16), (16, 32), (32, 32)):
+        layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    layers.insert(6, nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+
+
 def test_weights_reach_their_sets_and_accuracy_stays(tmp_path: Path) -> None:
-    """rho .06 x 1.3, eight periods: residual at most .04; then 60 % zeros cost less than a point after retraining."""
+    """rho .06 x 1.3, eight periods: residual at most .04; then half of the weights cost half a point."""
     scores: list[float] = []
     residuals: list[float] = []
 
@@ -442,11 +450,11 @@ def test_weights_reach_their_sets_and_accuracy_stays(tmp_path: Path) -> None:
         def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
             scores.append(float(trainer.callback_metrics["val_acc"]))
 
-    module = foreign.made()
+    module = foreign.made(three_layers)
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9)  # type: ignore
-    method = ADMMNN(0.6, start_epoch=6, prune_epochs=24, every_n_epochs=3, rho=0.06)
+    method = ADMMNN(0.5, start_epoch=6, prune_epochs=24, every_n_epochs=3, rho=0.06)
     trainer = foreign.make_trainer(tmp_path, method, Diary(), max_epochs=34)
     with foreign.no_pictures:
         trainer.fit(module, foreign.digits(1200, batch_size=64), foreign.digits(597, 1200, batch_size=597))
     assert residuals[29] <= 0.04
-    assert scores[-1] >= max(scores[:6]) - 0.01
+    assert scores[30] >= max(scores[:6]) - 0.005  # right after the first epoch with zeros

@@ -300,6 +300,12 @@ def test_eight_bits_and_globs_of_numbers_of_shapes(tmp_path: Path) -> None:
     assert any("(SPM, weights rounded to 8 bits)" in note for note in Account.load(tmp_path).notes)
 
 
+def test_pictures_of_layers_with_different_numbers(tmp_path: Path) -> None:
+    method = PCNN({"*": 2, "*.stem": 4}, end_epoch=1)
+    foreign.make_trainer(tmp_path, method, max_epochs=2).fit(foreign.made(), foreign.digits())
+    assert {"pcnn_library.png", "pcnn_library_by_layer.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
 def test_channels_that_go_after_the_hard_step(tmp_path: Path) -> None:
     module = foreign.made()
     foreign.fit(module, tmp_path, PCNN(**{**SHORT, "end_epoch": 2}), L1Norm(0.5, start_epoch=3), max_epochs=5)

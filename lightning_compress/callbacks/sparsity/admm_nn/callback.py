@@ -141,12 +141,12 @@ class ADMMNN(ADMM):
         ):  # fmt: skip
             if value not in get_args(kind):
                 raise ValueError(f"ADMMNN({argument}={value!r}): give {', '.join(map(repr, get_args(kind)))}.")
-        for argument, value, least in (
+        for argument, number, least in (
             ("start_epoch", start_epoch, 0), ("prune_epochs", prune_epochs, 1), ("retrain_epochs", retrain_epochs, 1),
             ("quant_epochs", quant_epochs, 1), ("quant_rounds", quant_rounds, 0), ("partial_epochs", partial_epochs, 1),
         ):  # fmt: skip
-            if value < least:
-                raise ValueError(f"ADMMNN({argument}={value}): give a whole number of at least {least}.")
+            if number < least:
+                raise ValueError(f"ADMMNN({argument}={number}): give a whole number of at least {least}.")
         if not 0 < partial_fraction <= 1:
             raise ValueError(f"ADMMNN(partial_fraction={partial_fraction}): give a share above 0, at most 1.")
         if quant_rho is not None and not quant_rho > 0:
@@ -356,7 +356,7 @@ class ADMMNN(ADMM):
         mine = [layer for layer in self._kept if id(weights[layer]) in own]
         if mine:
             with torch.no_grad():
-                moved = [weights[layer] for layer in mine]
+                moved: list[Tensor] = [weights[layer] for layer in mine]
                 torch._foreach_mul_(moved, [self._kept[layer][0] for layer in mine])
                 torch._foreach_add_(moved, [self._kept[layer][1] for layer in mine])
 
@@ -454,9 +454,9 @@ class ADMMNN(ADMM):
             quantised = self.is_quantised and layer in self.steps
             if quantised or self.parameter_name(pl_module, layer) in self.masks:
                 weight: Any = pl_module.get_submodule(layer).weight
-                coded = {"step": self.steps[layer], "levels": self._count(layer)} if quantised else {}
+                step, levels = (self.steps[layer], self._count(layer)) if quantised else (0.0, 0)
                 unit = "weight" if weight.ndim == 2 else UNITS.get(self.structure, "column")
-                found[layer] = encode_gaps(weight, unit, **coded)
+                found[layer] = encode_gaps(weight, unit, step=step, levels=levels)
         return found
 
     def artefact(self, trainer: Trainer, pl_module: LightningModule) -> Artefact:
