@@ -9,15 +9,20 @@ from _alternate import machine, report
 
 BENCHMARKS = (
     "architecture_decoupling",
-    "startup",
-    "profiling",
-    "surgery",
     "callback_overhead",
     "gal",
     "hrank",
     "kse",
+    "lbc",
+    "lottery_jackpots",
+    "magnitude_pruning",
+    "pattern_conv2d",
+    "pconv",
+    "profiling",
     "pruned_latency",
     "ssr",
+    "startup",
+    "surgery",
     "white_box",
 )
 

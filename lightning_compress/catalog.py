@@ -254,6 +254,76 @@ _ABC_PRUNER = (
     *_rows("abc_pruner", "ResNet-152", "ImageNet", ("ABCPruner-70%", 77.12, 4309.52, 24.07, "4310m")),
 )
 
+# MACs of convolutions, and their weights, that stay, by the rules of the method. The paper prints rates (VGG-16: 8.0),
+# and no accuracies that could be confirmed.
+_PCONV = (
+    *_rows("pconv", "VGG-16", "ImageNet", ("scp4, 3.6", None, 1922.614176, 1.816680, "8x")),
+    *_rows("pconv", "ResNet-18", "ImageNet", ("scp4, 3.6", None, 344.252636, 1.537700, "7x")),
+    *_rows("pconv", "ResNet-50", "ImageNet",
+           ("scp4, 3.6", None, 1194.901064, 6.775367, "3x"),
+           ("natural8, 2", None, 1768.603648, 9.972928, "2x")),
+    *_rows("pconv", "MobileNet-V2", "ImageNet", ("scp4, 3.6", None, 88.467883, 0.619123, "4x")),
+    *_rows("pconv", "VGG-16", "CIFAR-10", ("natural8, 3.6, filter balance", None, 39.624704, 1.829120, "8x")),
+)
+
+# MACs and weights of convolutions that stay, by the closed forms; the paper reports 8.4x with codes at 0.2 % loss.
+_PCNN = (
+    *_rows("pcnn", "VGG-16", "CIFAR-10",
+           ("n=4, 16 patterns", None, 139.198464, 6.537984, "n4"),
+           ("n=3, 16 patterns", None, 104.398848, 4.903488, "n3"),
+           ("n=2, 32 patterns", None, 69.599232, 3.268992, "n2"),
+           ("n=1, 8 patterns", None, 34.799616, 1.634496, "n1"),
+           ("n=2-1-...-1, 8 patterns", None, 34.996224, 1.634688, "various")),
+    *_rows("pcnn", "VGG-16", "ImageNet", ("n=4, 16 patterns", None, 6820.724736, 6.537984, "n4")),
+)
+
+# Weights that stay (without biases) by the published shares of each layer; the sources print no MACs.
+_ADMM_NN = (
+    Row("LeNet-5", "MNIST", "71.2x", {"top1": 99.2, "params": 6_050}, "recipes/admm_nn/lenet5_mnist_71x"),
+    Row("AlexNet", "ImageNet", "21x", {"top5": 80.2, "params": 2_906_701}, "recipes/admm_nn/alexnet_imagenet_21x"),
+)
+
+_PATTERN_PRUNING = (
+    *_rows("pattern_pruning", "VGG-16", "ImageNet", ("extracted 8, 3.6", None, 1922.614176, 1.816680, "8x")),
+    *_rows("pattern_pruning", "ResNet-50", "ImageNet", ("voted 8, 2", None, 1768.603648, 9.972928, "2x")),
+    *_rows("pattern_pruning", "MobileNet-V2", "ImageNet", ("extracted 8, 3.6", None, 88.467883, 0.619123, "4x")),
+    *_rows("pattern_pruning", "VGG-16", "CIFAR-10", ("extracted 8, 3.6", None, 39.237024, 1.816680, "8x")),
+)
+
+# MACs and parameters that are not zero, by our own count; the paper prints none. Stem and classifier are dense.
+_LBC = (
+    *_rows("lbc", "ResNet-50", "ImageNet",
+           ("2:4", 77.2, 2104.623104, 13.834280, "2of4"),
+           ("1:4", 75.9, 1112.342528, 7.972904, "1of4"),
+           ("2:8", 76.5, 1112.342528, 7.972904, "2of8"),
+           ("1:16", 71.8, 368.132096, 3.576872, "1of16")),
+    *_rows("lbc", "ResNet-18", "ImageNet", ("2:4", 71.5, 966.299648, 6.110760, "2of4")),
+    *_rows("lbc", "DeiT-small", "ImageNet", ("2:4", 78.0, 2507.366400, 11.433832, "2of4")),
+)
+
+# Parameters that are not zero, by our own count; how the zeros spread over the layers depends on the trained weights.
+_LOTTERY_JACKPOTS = tuple(
+    Row(network, data, setting, {"top1": top1, "params": params},
+        f"recipes/lottery_jackpots/{network}_{data}_{setting[:2]}".lower().replace("-", ""))
+    for network, data, setting, top1, params in (
+        ("VGG-19", "CIFAR-10", "90 %, 30 epochs", 93.88, 2_018_025),
+        ("VGG-19", "CIFAR-10", "90 %, 160 epochs", 93.94, 2_018_025),
+        ("VGG-19", "CIFAR-10", "95 %, 30 epochs", 93.49, 1_017_082),
+        ("VGG-19", "CIFAR-10", "95 %, 160 epochs", 93.74, 1_017_082),
+        ("VGG-19", "CIFAR-100", "90 %, 30 epochs", 72.59, 2_064_195),
+        ("VGG-19", "CIFAR-100", "90 %, 160 epochs", 74.61, 2_064_195),
+        ("VGG-19", "CIFAR-100", "95 %, 30 epochs", 71.76, 1_063_252),
+        ("ResNet-32", "CIFAR-10", "90 %, 30 epochs", 93.70, 190_240),
+        ("ResNet-32", "CIFAR-10", "90 %, 160 epochs", 94.39, 190_240),
+        ("ResNet-32", "CIFAR-10", "95 %, 30 epochs", 92.90, 98_037),
+        ("ResNet-32", "CIFAR-10", "95 %, 160 epochs", 93.41, 98_037),
+        ("ResNet-32", "CIFAR-100", "90 %, 30 epochs", 72.22, 201_850),
+        ("ResNet-32", "CIFAR-100", "90 %, 160 epochs", 73.43, 201_850),
+        ("ResNet-32", "CIFAR-100", "95 %, 160 epochs", 70.31, 109_647),
+        ("ResNet-50", "ImageNet", "80 %, 30 epochs", 75.19, 6_793_102),
+    )
+)
+
 CARDS: tuple[Card, ...] = (
     Card("hrank", f"{_CALLBACKS}.pruning.hrank.HRank", "pruning",
          "HRank: Filter Pruning using High-Rank Feature Map",
@@ -292,26 +362,27 @@ CARDS: tuple[Card, ...] = (
          "Shaojie Li et al.", "IEEE TMM 2022", "2011.08382", also=("CoAttentionDistillation",)),
     Card("magnitude_pruning", f"{_CALLBACKS}.sparsity.magnitude_pruning.MagnitudePruning", "sparsity",
          "Learning both Weights and Connections for Efficient Neural Networks",
-         "Song Han et al.", "NeurIPS 2015", "1506.02626"),
+         "Song Han et al.", "NeurIPS 2015", "1506.02626", status=READY),
     Card("lottery_jackpots", f"{_CALLBACKS}.sparsity.lottery_jackpots.LotteryJackpots", "sparsity",
          "Lottery Jackpots Exist in Pre-trained Models",
-         "Yuxin Zhang et al.", "IEEE TPAMI 2023", "2104.08700"),
+         "Yuxin Zhang et al.", "IEEE TPAMI 2023", "2104.08700", status=READY,
+         published=_LOTTERY_JACKPOTS),
     Card("lbc", f"{_CALLBACKS}.sparsity.lbc.LBC", "sparsity",
          "Learning Best Combination for Efficient N:M Sparsity",
-         "Yuxin Zhang et al.", "NeurIPS 2022", "2206.06662"),
+         "Yuxin Zhang et al.", "NeurIPS 2022", "2206.06662", status=READY, published=_LBC),
     Card("pcnn", f"{_CALLBACKS}.sparsity.pcnn.PCNN", "sparsity",
          "PCNN: Pattern-based Fine-Grained Regular Pruning towards Optimizing CNN Accelerators",
-         "Zhanhong Tan et al.", "DAC 2020", "2002.04997"),
+         "Zhanhong Tan et al.", "DAC 2020", "2002.04997", status=READY, published=_PCNN),
     Card("pconv", f"{_CALLBACKS}.sparsity.pconv.PCONV", "sparsity",
          "PCONV: The Missing but Desirable Sparsity in DNN Weight Pruning for Real-time Execution "
          "on Mobile Devices",
-         "Xiaolong Ma et al.", "AAAI 2020", "1909.05073"),
+         "Xiaolong Ma et al.", "AAAI 2020", "1909.05073", status=READY, published=_PCONV),
     Card("pattern_pruning", f"{_CALLBACKS}.sparsity.pattern_pruning.PatternPruning", "sparsity",
          "An Image Enhancing Pattern-based Sparsity for Real-time Inference on Mobile Devices",
-         "Xiaolong Ma et al.", "ECCV 2020", "2001.07710"),
+         "Xiaolong Ma et al.", "ECCV 2020", "2001.07710", status=READY, published=_PATTERN_PRUNING),
     Card("admm_nn", f"{_CALLBACKS}.sparsity.admm_nn.ADMMNN", "sparsity",
          "Non-Structured DNN Weight Pruning – Is It Beneficial in Any Platform?",
-         "Xiaolong Ma et al.", "IEEE TNNLS 2021", "1907.02124"),
+         "Xiaolong Ma et al.", "IEEE TNNLS 2021", "1907.02124", status=READY, published=_ADMM_NN),
     Card("low_rank_winograd", f"{_CALLBACKS}.sparsity.low_rank_winograd.LowRankWinograd", "sparsity",
          "Low-Rank Winograd Transformation for 3D Convolutional Neural Networks",
          "Ziran Qin, Mingbao Lin, Weiyao Lin", "2023", "2301.11180"),

@@ -11,9 +11,20 @@ from lightning_compress.callbacks.pruning.random_channels import RandomChannels
 from lightning_compress.callbacks.pruning.ssr import SSR
 from lightning_compress.callbacks.pruning.white_box import WhiteBox
 from lightning_compress.callbacks.restore_compressed import RestoreCompressed
+from lightning_compress.callbacks.sparsity.admm_nn import ADMMNN
+from lightning_compress.callbacks.sparsity.lbc import LBC
+from lightning_compress.callbacks.sparsity.lottery_jackpots import LotteryJackpots
+from lightning_compress.callbacks.sparsity.magnitude_pruning import MagnitudePruning
+from lightning_compress.callbacks.sparsity.pattern_pruning import PatternPruning
+from lightning_compress.callbacks.sparsity.pcnn import PCNN
+from lightning_compress.callbacks.sparsity.pconv import PCONV
 
 __all__ = [
+    "ADMMNN",
     "KSE",
+    "LBC",
+    "PCNN",
+    "PCONV",
     "SSR",
     "ABCPruner",
     "ArchitectureDecoupling",
@@ -21,6 +32,9 @@ __all__ = [
     "FilterSketch",
     "HRank",
     "L1Norm",
+    "LotteryJackpots",
+    "MagnitudePruning",
+    "PatternPruning",
     "RandomChannels",
     "RestoreCompressed",
     "WhiteBox",

@@ -61,5 +61,5 @@ def _show(c: Card) -> None:
 
 def _published(row: Row) -> tuple[str, ...]:
     top1 = f"{row.result['top1']:.2f}" if "top1" in row.result else "-"
-    cost = (f"{row.result['macs'] / 1e6:.2f}M", f"{row.result['params'] / 1e6:.2f}M")
+    cost = tuple(f"{row.result[key] / 1e6:.2f}M" if key in row.result else "-" for key in ("macs", "params"))
     return row.network, row.data, top1, *cost, row.setting

@@ -144,6 +144,53 @@ class WarmupCosine(LambdaLR):
         super().__init__(optimizer, _with_warmup(wave, warmup_epochs, steps_per_epoch))
 
 
+class AdmmStepLR(LambdaLR):
+    """Restart the learning rate in every ADMM period, with drops inside of it; then fine-tune by milestones.
+
+        factor(e) = gamma^floor((e mod T) / (T / parts))    for start_epoch <= e < end_epoch, counted from start_epoch
+                  = retrain * gamma^(milestones <= e)       from end_epoch on
+
+    as in the ADMM pruning code of the group behind PCONV (arXiv:1909.05073) and ADMM-NN (arXiv:1907.02124): T = 20,
+    thirds, gamma = 0.1.
+
+    Args:
+        optimizer: its present learning rates are the full ones.
+        period: epochs between two updates, the callback's ``every_n_epochs``.
+        gamma: factor of a drop.
+        parts: of a period; each but the first begins with a drop.
+        start_epoch: where the first period begins; the full rate before.
+        end_epoch: where retraining with fixed masks begins, the callback's ``end_epoch``; None for never.
+        retrain: factor for all of the retraining.
+        milestones: epochs of the fit, of drops in the retraining.
+
+    Raises:
+        ValueError: `period` or `parts` below 1.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        period: int = 20,
+        gamma: float = 0.1,
+        parts: int = 3,
+        start_epoch: int = 0,
+        end_epoch: int | None = None,
+        retrain: float = 1.0,
+        milestones: list[int] | tuple[int, ...] = (),
+    ) -> None:
+        if period < 1 or parts < 1:
+            raise ValueError(f"period, parts: expected 1 or more, got {period} and {parts}.")
+
+        def factor(epoch: int) -> float:
+            if epoch < start_epoch:
+                return 1.0
+            if end_epoch is not None and epoch >= end_epoch:
+                return retrain * gamma ** sum(milestone <= epoch for milestone in milestones)
+            return gamma ** ((epoch - start_epoch) % period * parts // period)
+
+        super().__init__(optimizer, factor)
+
+
 def _with_warmup(by_epoch: Callable[[int], float], warmup_epochs: int, steps_per_epoch: int) -> Callable[[int], float]:
     """Multiply a factor per epoch by a linear warm-up per step; the result counts steps."""
     for argument, value, least in (

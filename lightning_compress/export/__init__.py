@@ -31,8 +31,9 @@ from lightning_compress.core.surgery.compact import compact
 from lightning_compress.core.units import human
 from lightning_compress.export.onnx import HOW_TO_GET, missing, run_onnx, save_onnx
 from lightning_compress.export.program import capture, portable_copy, run_program, save_program
+from lightning_compress.export.semi_structured import to_semi_structured
 
-__all__ = ["Exported", "check_format", "export"]
+__all__ = ["Exported", "check_format", "export", "to_semi_structured"]
 
 SUFFIX = {"onnx": ".onnx", "torch": ".pt2"}
 

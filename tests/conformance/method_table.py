@@ -22,6 +22,10 @@ START_EPOCH = 2
 
 # Slug, or slug and name of a further variant -> arguments that make it quick on 64 digits of 8x8.
 ARGUMENTS: dict[str, dict[str, Any]] = {
+    "admm_nn": {"prune_epochs": 1, "retrain_epochs": 1, "quant_epochs": 1, "quant_rounds": 0, "every_n_epochs": 1},
+    "admm_nn quantised": {"prune_epochs": 1, "retrain_epochs": 1, "quant_epochs": 1, "quant_rounds": 0,
+                          "weight_bits": 3, "every_n_epochs": 1},
+    "admm_nn filter": {"sparsity": {"*conv1": 0.5}, "structure": "filter", "prune_epochs": 2, "every_n_epochs": 1},
     "hrank": {"num_batches": 1, "rank_batch_size": 32},
     "hrank sequential": {"mode": "sequential", "num_batches": 1, "rank_batch_size": 32, "epochs_per_layer": 2,
                          "stage_layers": [2], "monitor": "val_acc"},
@@ -40,6 +44,14 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "architecture_decoupling": {"num_batches": 1},
     "architecture_decoupling target": {"target_density": 0.5, "lambda_s": 0.1, "init": "kaiming", "semhash": "element",
                                        "kl_direction": "out_from_mask", "recalibrate_bn": 1, "num_batches": 1},
+    "magnitude_pruning gradual": {"sparsity": 0.8, "end_epoch": 2, "recalibrate_bn": 1},
+    "lottery_jackpots tuned": {"restriction": "poly4", "tune_epochs": 2},
+    "lbc": {"end_epoch": 2},
+    "pattern_pruning": {"library": "cheap", "connectivity": 2.0, "end_epoch": 3, "every_n_epochs": 1},
+    "pattern_pruning extract": {"library_sizes": [12, 4], "extract_epochs_per_phase": 1, "end_epoch": 3,
+                                "every_n_epochs": 1},
+    "pcnn": {"n": 2, "end_epoch": 3, "every_n_epochs": 1},
+    "pconv": {"connectivity": 2.0, "end_epoch": 3, "every_n_epochs": 1},
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_compress.core import schedules
-from lightning_compress.core.schedules import Ramp, WarmupCosine, WarmupMultiStep
+from lightning_compress.core.schedules import AdmmStepLR, Ramp, WarmupCosine, WarmupMultiStep
 
 
 @pytest.mark.parametrize(
@@ -121,3 +121,21 @@ def test_schedule_errors() -> None:
         WarmupMultiStep(optimizer, steps_per_epoch=0)
     with pytest.raises(ValueError, match="warmup_epochs: expected 0 or more, got -1"):
         WarmupMultiStep(optimizer, warmup_epochs=-1)
+
+
+def test_admm_periods_restart_and_drop_by_thirds() -> None:
+    """As in the pruning code of arXiv:1909.05073: T = 20, a tenth at each third of a period, then retraining."""
+    period = [1e-2] * 7 + [1e-3] * 7 + [1e-4] * 6
+    found = rates(AdmmStepLR, 44, 0.01, period=20, end_epoch=40, retrain=0.5, milestones=[42])
+    assert found == pytest.approx(period * 2 + [5e-3] * 2 + [5e-4] * 2)
+
+
+def test_admm_periods_begin_where_the_method_does() -> None:
+    found = rates(AdmmStepLR, 8, 1.0, period=2, parts=2, start_epoch=3)
+    assert found == pytest.approx([1, 1, 1, 1, 0.1, 1, 0.1, 1])
+
+
+@pytest.mark.parametrize("arguments", [{"period": 0}, {"parts": 0}])
+def test_impossible_admm_periods(arguments: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="expected 1 or more"):
+        rates(AdmmStepLR, 1, **arguments)

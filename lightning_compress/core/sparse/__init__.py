@@ -1,1 +1,1 @@
-"""Formats for weights that are stored with fewer numbers than they have: shared kernels, packed indices."""
+"""Weights that are zero, or shared: masks, N:M groups, ADMM, and the formats in which they are stored."""

@@ -16,6 +16,7 @@ from lightning_compress.core.surgery.fit import (
     shrink_in_fit,
     shrink_in_setup,
     undo_changes,
+    undo_in_fit,
 )
 from lightning_compress.core.surgery.graph import ChannelGraph, Group
 from lightning_compress.core.surgery.plan import (
@@ -60,5 +61,6 @@ __all__ = [
     "shrink_in_fit",
     "shrink_in_setup",
     "undo_changes",
+    "undo_in_fit",
     "widths",
 ]

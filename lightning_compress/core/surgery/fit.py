@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -108,6 +108,27 @@ def change_in_fit(trainer: Trainer, change: Change, arguments: Mapping[str, Any]
     pl_module = trainer.lightning_module
     attach_record(pl_module).change(pl_module, change, arguments, by=by, epoch=trainer.current_epoch)
     _settle(trainer, [])
+
+
+def undo_in_fit(trainer: Trainer, *, by: str) -> None:
+    """Take out what one method attached where :func:`shrink_in_fit` may cut, its parameters out of the optimisers too.
+
+    A layer that was parametrised lists its parameters in another order. Groups that were in the module's order are
+    again, so that they are those of a module that never had the attachment, as it is when such a run is resumed.
+    """
+    pl_module = trainer.lightning_module
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+
+    def place() -> Callable[[Any], int]:
+        order = {id(p): i for i, p in enumerate(pl_module.parameters())}
+        return lambda p: order.get(id(p), -1)
+
+    places = [[*map(place(), group["params"])] for group in groups]
+    in_order = [group for group, at in zip(groups, places, strict=True) if at == sorted(at)]
+    undo_changes(pl_module, by=by)
+    _settle(trainer, [])
+    for group in in_order:
+        group["params"].sort(key=place())
 
 
 def _settle(trainer: Trainer, swaps: Sequence[Swap]) -> None:

@@ -1,0 +1,1 @@
+"""Methods that zero or factorise weights."""
