@@ -47,8 +47,8 @@ def test_fits_a_module_that_is_not_ours(finished: Finished) -> None:
     if finished.case.compresses:
         account = Account.load(finished.root / "compression.json")
         before, after = account.before, account.after
-        assert after.macs < before.macs
         if finished.case.keeps_weights:
+            assert after.macs < before.macs
             return
         assert (after.macs, after.nonzeros, after.bytes) < (before.macs, before.nonzeros, before.bytes)
 

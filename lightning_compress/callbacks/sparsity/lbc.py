@@ -48,10 +48,8 @@ from lightning_compress.core.surgery import (
     attach_record,
     change_in_setup,
     check_trainer,
-    read_steps,
-    replay_in_setup,
     replayable,
-    resume_path,
+    resume_in_setup,
     undo_in_fit,
 )
 
@@ -310,10 +308,8 @@ class LBC(Callback):
         self._check(trainer)
         layers = self._choose(pl_module)
         open_account(trainer, pl_module)
-        path = resume_path(trainer)
-        if path is not None:
-            replay_in_setup(trainer, pl_module, read_steps(path), by="LBC")
-        elif not self._masks and not self._competing(pl_module):
+        resumes = resume_in_setup(trainer, pl_module, by=self.state_key, required=False)
+        if not resumes and not self._masks and not self._competing(pl_module):
             change_in_setup(
                 trainer, pl_module, compete, {"layers": layers, "n": self.n, "m": self.m}, by=self.state_key
             )

@@ -32,7 +32,7 @@ from lightning_compress.core.sparse.layers import choose_layers, weight_layers
 from lightning_compress.core.sparse.learnt_mask import weight_name
 from lightning_compress.core.sparse.nm import check_nm, top_of_groups
 from lightning_compress.core.sparse.select_weights import drop_lowest, drop_lowest_of_all
-from lightning_compress.core.surgery import attach_record, check_trainer, read_steps, replay_in_setup, resume_path
+from lightning_compress.core.surgery import attach_record, check_epoch, check_trainer, resume_in_setup
 
 
 def magnitude(weight: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -155,10 +155,8 @@ class MagnitudePruning(Callback):
         self._check(trainer)
         self._choose(pl_module)
         open_account(trainer, pl_module)
-        path = resume_path(trainer)
-        if path is not None:
-            replay_in_setup(trainer, pl_module, read_steps(path), by="MagnitudePruning")
-        elif self._in_setup and not self._masks:
+        resumes = resume_in_setup(trainer, pl_module, by=self.state_key, required=False)
+        if not resumes and self._in_setup and not self._masks:
             self.prune(trainer, pl_module, 1.0)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -232,11 +230,6 @@ class MagnitudePruning(Callback):
         return chosen
 
     def _check(self, trainer: Trainer) -> None:
-        endless = trainer.max_epochs in (None, -1) or trainer.fast_dev_run  # type: ignore[attr-defined]
-        for argument, epoch in (("start_epoch", self.start_epoch), ("end_epoch", self.end_epoch or 0)):
-            if not endless and epoch and epoch >= trainer.max_epochs:  # type: ignore[operator]
-                raise MisconfigurationException(
-                    f"MagnitudePruning({argument}={epoch}) never happens: the Trainer stops after "
-                    f"max_epochs={trainer.max_epochs}."
-                )
+        check_epoch(trainer, "MagnitudePruning", "start_epoch", self.start_epoch)
+        check_epoch(trainer, "MagnitudePruning", "end_epoch", self.end_epoch or 0)
         check_trainer(trainer, "MagnitudePruning", in_fit=not self._in_setup)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_compress.core.sparse.bits import pack_bits, unpack_bits
+from lightning_compress.core.sparse.bit_packing import pack_mask, unpack_mask
 from lightning_compress.core.surgery.plan import Cut
 from lightning_compress.core.surgery.record import attach_record
 from lightning_compress.core.surgery.shrink import slice_tensor
@@ -123,13 +123,13 @@ class FixedMasks:
     def state_dict(self) -> dict[str, Any]:
         """Plain data: bits and shape by parameter name."""
         return {
-            "masks": {name: {"bits": pack_bits(mask), "shape": list(mask.shape)} for name, mask in self._masks.items()},
+            "masks": {name: {"bits": pack_mask(mask), "shape": list(mask.shape)} for name, mask in self._masks.items()},
             "cut_steps": self._cut_steps,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the masks of :meth:`state_dict`; the weights are not touched until :meth:`apply` or a step."""
-        self._masks = {name: unpack_bits(m["bits"], m["shape"]) for name, m in state["masks"].items()}
+        self._masks = {name: unpack_mask(m["bits"], m["shape"]) for name, m in state["masks"].items()}
         self._cut_steps = state["cut_steps"]
         self._ready.clear()
 

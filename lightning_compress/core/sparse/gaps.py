@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_compress.core.sparse.bits import pack_bits, unpack_bits
+from lightning_compress.core.sparse.bit_packing import pack_mask, unpack_mask
 from lightning_compress.core.sparse.formats import pack_codes, unpack_codes
 
 Unit = Literal["weight", "kernel", "column"]
@@ -117,7 +117,7 @@ def encode_gaps(
         codes = (values / step).round().long().flatten()
         coded = codes + levels - (0 if zero else (codes > 0).long())
         values = pack_codes(coded, code_bits(levels, zero))
-    rows = torch.empty(0, dtype=torch.uint8) if bool(alive.all()) else pack_bits(alive)
+    rows = torch.empty(0, dtype=torch.uint8) if bool(alive.all()) else pack_mask(alive)
     packed = pack_codes(gaps, index_bits)
     return Gaps(tuple(weight.shape), unit, entries, index_bits, rows, packed, values, step, levels, levels > 0 and zero)
 
@@ -125,7 +125,7 @@ def encode_gaps(
 def decode_gaps(packed: Gaps) -> Tensor:
     """The weight; quantised ones as code times step, in float32."""
     filters = packed.shape[0]
-    alive = unpack_bits(packed.rows, (filters,)) if packed.rows.numel() else torch.ones(filters, dtype=torch.bool)
+    alive = unpack_mask(packed.rows, (filters,)) if packed.rows.numel() else torch.ones(filters, dtype=torch.bool)
     empty = torch.zeros(int(alive.sum()), *packed.shape[1:])
     units = torch.zeros_like(_units(empty, packed.unit))
     values = packed.values

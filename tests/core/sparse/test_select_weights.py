@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_compress.core.sparse.bits import pack_bits, unpack_bits
+from lightning_compress.core.sparse.bit_packing import pack_mask, unpack_mask
 from lightning_compress.core.sparse.nm import from_groups, is_nm, to_groups, top_of_groups, why_not_nm
 from lightning_compress.core.sparse.select_weights import drop_lowest, drop_lowest_of_all, kth_smallest
 
@@ -49,7 +49,7 @@ def test_one_ranking_over_several_tensors():
     [
         (lambda: drop_lowest(torch.ones(3), 4), "count: expected 0 to the number of scores, 3; got 4"),
         (lambda: kth_smallest(torch.ones(3), 0), "k: expected 1 to the number of values, 3; got 0"),
-        (lambda: unpack_bits(torch.zeros(2, dtype=torch.uint8), (3,)), "takes 1 bytes of uint8, got 2"),
+        (lambda: unpack_mask(torch.zeros(2, dtype=torch.uint8), (3,)), "takes 1 bytes of uint8, got 2"),
     ],
 )
 def test_bad_arguments(call, message):
@@ -90,6 +90,6 @@ def test_what_is_no_group():
 @given(bits=st.lists(st.booleans(), min_size=1, max_size=50))
 def test_bits_and_back(bits):
     mask = torch.tensor(bits)
-    packed = pack_bits(mask)
+    packed = pack_mask(mask)
     assert packed.numel() == -(-len(bits) // 8)
-    assert torch.equal(unpack_bits(packed, mask.shape), mask)
+    assert torch.equal(unpack_mask(packed, mask.shape), mask)

@@ -34,7 +34,7 @@ from lightning_compress.core.ratio import parse_ratio, ratio_by_layer
 from lightning_compress.core.report import run_folder
 from lightning_compress.core.select import match
 from lightning_compress.core.sparse.admm import ADMM, Artefact, Phase, Problem
-from lightning_compress.core.sparse.bits import pack_bits, unpack_bits
+from lightning_compress.core.sparse.bit_packing import pack_mask, unpack_mask
 from lightning_compress.core.sparse.gaps import Gaps, Unit, encode_gaps, save_gaps
 from lightning_compress.core.sparse.layers import choose_layers, weight_layers
 from lightning_compress.core.surgery import Cut, channel_graph
@@ -433,12 +433,12 @@ class ADMMNN(ADMM):
         self._handles.clear()
 
     def own_state(self) -> dict[str, Any]:
-        held = {layer: {"bits": pack_bits(mask), "shape": list(mask.shape)} for layer, mask in self.held.items()}
+        held = {layer: {"bits": pack_mask(mask), "shape": list(mask.shape)} for layer, mask in self.held.items()}
         return {"steps": dict(self.steps), "held": held, "rates": self._full_rates}
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         self.steps = dict(state["steps"])
-        self.held = {layer: unpack_bits(mask["bits"], mask["shape"]) for layer, mask in state["held"].items()}
+        self.held = {layer: unpack_mask(mask["bits"], mask["shape"]) for layer, mask in state["held"].items()}
         self._full_rates = state["rates"]
         self._kept.clear()
 

@@ -33,9 +33,7 @@ from lightning_compress.core.surgery import (
     attach_record,
     change_in_setup,
     check_trainer,
-    read_steps,
-    replay_in_setup,
-    resume_path,
+    resume_in_setup,
     undo_in_fit,
 )
 
@@ -163,10 +161,8 @@ class LotteryJackpots(Callback):
         self._check(trainer)
         layers = self._choose(pl_module)
         open_account(trainer, pl_module)
-        path = resume_path(trainer)
-        if path is not None:
-            replay_in_setup(trainer, pl_module, read_steps(path), by="LotteryJackpots")
-        elif not self._masks and not self._own(pl_module):
+        resumes = resume_in_setup(trainer, pl_module, by=self.state_key, required=False)
+        if not resumes and not self._masks and not self._own(pl_module):
             masks = trainer.strategy.broadcast(self.first_masks(pl_module, layers))
             change_in_setup(trainer, pl_module, draw_lots, {"layers": layers}, by=self.state_key)
             for name, lots in self._own(pl_module).items():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.callbacks.sparsity.lottery_jackpots.lots import lots_in
-from lightning_compress.core.sparse.bits import pack_bits, unpack_bits
+from lightning_compress.core.sparse.bit_packing import pack_mask, unpack_mask
 from lightning_compress.core.sparse.learnt_mask import weight_name
 
 
@@ -25,7 +25,7 @@ def save_jackpot(module: nn.Module, path: str | Path, values: Mapping[str, Tenso
         Bytes of the bits: the sum of ceil(weights / 8) over the layers.
     """
     lots = lots_in(module)
-    bits = {name: pack_bits(m.mask) for name, m in lots.items()}
+    bits = {name: pack_mask(m.mask) for name, m in lots.items()}
     weights = {name: module.get_parameter(weight_name(module.get_submodule(name), name)) for name in lots}
     content = {
         "masks": {name: {"bits": bits[name], "shape": list(m.mask.shape)} for name, m in lots.items()},
@@ -65,7 +65,7 @@ def load_jackpot(module: nn.Module, path: str | Path) -> None:
         )
     with torch.no_grad():
         for name, weight in weights.items():
-            weight.mul_(unpack_bits(masks[name]["bits"], masks[name]["shape"]).to(weight.device))
+            weight.mul_(unpack_mask(masks[name]["bits"], masks[name]["shape"]).to(weight.device))
     module.load_state_dict({**module.state_dict(), **{_inside(name, inside): v for name, v in values.items()}})
 
 
