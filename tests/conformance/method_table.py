@@ -59,6 +59,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 KEEP_WEIGHTS = ("architecture_decoupling",)
 # Methods with fewer different weights in layers as wide as before.
 KEEP_WIDTHS = (*KEEP_WEIGHTS, "kse")
+# Methods that learn widths from images: two processes, which see other ones, end with widths of their own.
+LEARN_WIDTHS = ("white_box",)
 
 
 @dataclass
@@ -105,6 +107,11 @@ class Case:
     def keeps_widths(self) -> bool:
         """Whether its layers have as many channels as before."""
         return self.card.slug in KEEP_WIDTHS
+
+    @property
+    def learns_widths(self) -> bool:
+        """Whether its widths depend on the images that were seen."""
+        return self.card.slug in LEARN_WIDTHS
 
     def parts(self, **changes: Any) -> Parts:
         """A callback goes onto a module that is not ours; a method that is a module comes as in its own recipe."""
