@@ -225,6 +225,27 @@ def test_errors(make: Any, message: str) -> None:
         make()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"taps": torch.tensor([36], dtype=torch.int32)},
+        {"taps": torch.tensor([-1], dtype=torch.int32)},
+        {"bounds": torch.tensor([0, 2], dtype=torch.int32)},
+        {"filters": torch.tensor([4], dtype=torch.int32)},
+        {"filters": torch.tensor([0, 1], dtype=torch.int32)},
+    ],
+)
+def test_compiled_code_never_reads_elsewhere(change: dict[str, Tensor]) -> None:
+    if operator.compiled_code() is None:
+        pytest.skip("no compiler here")
+    good = NonZeros(*(torch.tensor(v, dtype=torch.int32) for v in ([3], [0, 1])), torch.ones(1, 1),
+                    torch.tensor([0], dtype=torch.int32))  # fmt: skip
+    x = torch.ones(1, 4, 3, 3)
+    PatternConv2d(good, None, 4, 4, mode="sparse")(x)
+    with pytest.raises(ValueError, match="do not fit 4 input channels and 4 filters"):
+        PatternConv2d(good._replace(**change), None, 4, 4, mode="sparse")(x)
+
+
 # ---- the compiler
 
 

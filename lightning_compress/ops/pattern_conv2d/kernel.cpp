@@ -216,7 +216,7 @@ struct Plan {
             double least = 1e30;
             for (int r = 1; r <= MOST; ++r) {
                 if (!find_kernel(block, r, rows)) continue;
-                const double cost = double(up(lines * row, r * LANES)) * (1 + 1.0 / (block * r));
+                const double cost = double(up(lines * row, r * LANES)) * (1 + 2.0 / (block * r));
                 if (cost < least) least = cost, vectors = r;
             }
         }

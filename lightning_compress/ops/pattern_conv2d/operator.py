@@ -139,12 +139,16 @@ def _(
     x: Tensor, taps: Tensor, bounds: Tensor, weight: Tensor, filters: Tensor, bias: Tensor | None,
     out_channels: int, stride: int, relu: bool,
 ) -> Tensor:  # fmt: skip
-    if x.dtype != torch.float32 or weight.dtype != torch.float32 or weight.shape[1] not in BLOCKS or x.numel() == 0:
-        return _reference(x, taps, bounds, weight, filters, bias, out_channels, stride, relu)
-    compiled = compiled_code()
+    compiled = compiled_code() if runs_compiled(x, weight) else None
     if compiled is None:
         return _reference(x, taps, bounds, weight, filters, bias, out_channels, stride, relu)
     return run_compiled(compiled, x, NonZeros(taps, bounds, weight, filters), bias, out_channels, stride, relu)
+
+
+def runs_compiled(x: Tensor, weight: Tensor) -> bool:
+    """Whether there is compiled code for these, if there is a compiler."""
+    plain = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
+    return plain and weight.shape[1] in BLOCKS and x.numel() > 0
 
 
 @pattern_conv2d.register_kernel("cuda")
@@ -182,6 +186,7 @@ class Plan:
                  vectors: int = 0, channel_block: int = 0, by_rows: int = -1) -> None:  # fmt: skip
         taps, bounds, weight, rows = (t.contiguous() for t in weights)
         _, channels, height, width = shape
+        _check(taps, bounds, weight, rows, channels, filters)
         self.handle = code.pattern_conv2d_plan(
             taps.data_ptr(), bounds.data_ptr(), weight.data_ptr(), rows.data_ptr(), channels, height, width, filters,
             len(bounds) - 1, weight.shape[1], stride, vectors, channel_block, by_rows,
@@ -189,7 +194,35 @@ class Plan:
         if not self.handle:
             raise ValueError(f"vectors={vectors}, by_rows={by_rows}: there is no such kernel on this processor.")
         self.version = _version(weights.weight)
+        self.output = filters, (height - 1) // stride + 1, (width - 1) // stride + 1
+        self.run = code.pattern_conv2d_run
         weakref.finalize(self, code.pattern_conv2d_free, self.handle)
+
+    def __call__(self, x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+        """Convolve images of that size; `bias` is contiguous."""
+        x = x.contiguous()
+        y = x.new_empty(len(x), *self.output)
+        at = None if bias is None else bias.data_ptr()
+        self.run(self.handle, x.data_ptr(), at, y.data_ptr(), len(x), relu, torch.get_num_threads())
+        return y
+
+    def fits(self, weight: Tensor) -> bool:
+        """Whether the weight is still as it was."""
+        return self.version == _version(weight)
+
+
+def _check(taps: Tensor, bounds: Tensor, weight: Tensor, rows: Tensor, channels: int, filters: int) -> None:
+    """Compiled code reads and writes where these point, and they may come from a file."""
+    ends = bounds.tolist()
+    sizes = len(taps) == len(weight) and len(rows) == (len(ends) - 1) * weight.shape[1]
+    inside = not len(taps) or (0 <= int(taps.min()) and int(taps.max()) < 9 * channels)
+    if not (
+        sizes and inside and ends[0] == 0 and ends[-1] == len(taps) and ends == sorted(ends) and rows.max() < filters
+        and {taps.dtype, bounds.dtype, rows.dtype} == {torch.int32}
+    ):  # fmt: skip
+        raise ValueError(
+            f"The non-zeros of a pattern convolution do not fit {channels} input channels and {filters} filters."
+        )
 
 
 _plans: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> what depends on it; gone with it
@@ -199,20 +232,12 @@ def run_compiled(
     code: CDLL, x: Tensor, weights: NonZeros, bias: Tensor | None, filters: int, stride: int, relu: bool, **tuning: int
 ) -> Tensor:
     """`pattern_conv2d` by the compiled code."""
-    x = x.contiguous()
     plans: dict[Any, Plan] = _plans.setdefault(weights.weight, {})
     key = (id(code), x.shape[1:], stride, *tuning.items())
     plan = plans.get(key)
-    if plan is None or plan.version != _version(weights.weight):
+    if plan is None or not plan.fits(weights.weight):
         plan = plans[key] = Plan(code, weights, tuple(x.shape), filters, stride, **tuning)
-    height, width = ((size - 1) // stride + 1 for size in x.shape[2:])
-    y = x.new_empty(x.shape[0], filters, height, width)
-    bias = None if bias is None else bias.contiguous()
-    code.pattern_conv2d_run(
-        plan.handle, x.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(), len(x), relu,
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return y
+    return plan(x, None if bias is None else bias.contiguous(), relu)
 
 
 def _version(weight: Tensor) -> int:
