@@ -139,7 +139,7 @@ typedef void (*Kernel)(const Run&);
 template <int K, int R, bool ROWS>
 constexpr Kernel kernel_if_it_fits() {
     if constexpr (ROWS) {
-        if constexpr (K <= 2 && K * (R + 3) <= SUMS + 2) return multiply_rows<K, R>;
+        if constexpr (K <= 2 && K * R <= SUMS - 10 + 2 * (SUMS < 26)) return multiply_rows<K, R>;
     } else {
         if constexpr (K * R <= SUMS) return multiply<K, R>;
     }
@@ -187,7 +187,7 @@ struct Aligned : std::vector<T> {  // whose data() begins a cache line
     }
 };
 
-constexpr int64_t STRIPE = 512 << 10, SUMS_BYTES = 256 << 10, BLOCK = 64 << 10;  // what caches hold, in bytes
+constexpr int64_t STRIPE = 512 << 10, SUMS_BYTES = 256 << 10;  // what the second-level cache holds, in bytes
 
 // A layer for inputs of one height and width, its weights in the order in which they are used.
 struct Plan {
@@ -389,8 +389,9 @@ void* pattern_conv2d_plan(const int32_t* index, const int32_t* bounds, const flo
     if (!plan->kernel) return nullptr;
     plan->channel_block = channel_block;
     if (channel_block <= 0) {
+        const int64_t near = (block <= 2 ? 40 : 256) << 10;  // where loads take the time, inputs must be nearer
         const int64_t bytes = 4 * stride * stride * (plan->tile + 2 * plan->row);
-        plan->channel_block = std::max<int64_t>(16, std::min<int64_t>(256, BLOCK / bytes));
+        plan->channel_block = std::max<int64_t>(16, std::min<int64_t>(256, near / bytes));
         // with few non-zeros, sums that come and go cost more than inputs that are farther away
         const int64_t dense = std::max<int64_t>(1, blocks * channels * 9 / std::max<int32_t>(1, bounds[blocks]));
         plan->channel_block = std::min<int64_t>(channels, plan->channel_block * std::max<int64_t>(1, dense / 4));

@@ -215,7 +215,7 @@ def _check(taps: Tensor, bounds: Tensor, weight: Tensor, rows: Tensor, channels:
     """Compiled code reads and writes where these point, and they may come from a file."""
     ends = bounds.tolist()
     sizes = len(taps) == len(weight) and len(rows) == (len(ends) - 1) * weight.shape[1]
-    inside = not len(taps) or (0 <= int(taps.min()) and int(taps.max()) < 9 * channels)
+    inside = not len(taps) or (int(taps.min()) >= 0 and int(taps.max()) < 9 * channels)
     if not (
         sizes and inside and ends[0] == 0 and ends[-1] == len(taps) and ends == sorted(ends) and rows.max() < filters
         and {taps.dtype, bounds.dtype, rows.dtype} == {torch.int32}
