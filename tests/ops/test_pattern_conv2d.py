@@ -339,6 +339,8 @@ def in_triton(device: str, **environment: str) -> None:
         [sys.executable, "-c", IN_TRITON.format(device=device)],
         env={**os.environ, "PYTHONPATH": path, **environment}, capture_output=True, text=True, check=False,
     )  # fmt: skip
+    if "only 0-dimensional arrays can be converted" in done.stderr:
+        pytest.skip("the interpreter of this Triton does not work with this NumPy")
     assert done.returncode == 0, done.stderr[-2000:]
 
 
