@@ -154,6 +154,14 @@ def test_other_dtypes_are_computed_densely() -> None:
     torch.testing.assert_close(y.float(), F.conv2d(x, weight, torch.ones(8), 1, 1), atol=0.1, rtol=0.05)
 
 
+def test_one_weight_in_two_orders() -> None:
+    stored = non_zeros(sparse_weight(4, 4, 1, 1.0))
+    moved = stored._replace(filters=stored.filters.flip(0))
+    x = torch.rand(1, 4, 6, 6)
+    y = [PatternConv2d(weights, None, 4, 4, mode="sparse")(x) for weights in (stored, moved)]
+    agree(y[1].flip(1), y[0])
+
+
 def test_weights_that_change_are_seen() -> None:
     conv = PatternConv2d(non_zeros(sparse_weight(4, 4, 1, 1.0)), None, 4, 4, mode="sparse")
     x = torch.rand(1, 4, 6, 6)

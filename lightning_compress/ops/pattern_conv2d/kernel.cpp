@@ -20,11 +20,11 @@
 #include <vector>
 
 #if defined(__AVX512F__)
-constexpr int LANES = 16, SUMS = 26;  // sums that fit the registers beside the operands
+constexpr int LANES = 16, SUMS = 26, ROW_SUMS = 16;  // sums that fit the registers beside the operands
 #elif defined(__AVX2__)
-constexpr int LANES = 8, SUMS = 12;
+constexpr int LANES = 8, SUMS = 12, ROW_SUMS = 8;
 #else
-constexpr int LANES = 4, SUMS = 12;
+constexpr int LANES = 4, SUMS = 12, ROW_SUMS = 8;
 #endif
 constexpr int MOST = SUMS < 24 ? SUMS : 24;  // vectors per filter
 
@@ -139,7 +139,7 @@ typedef void (*Kernel)(const Run&);
 template <int K, int R, bool ROWS>
 constexpr Kernel kernel_if_it_fits() {
     if constexpr (ROWS) {
-        if constexpr (K <= 2 && K * R <= SUMS - 10 + 2 * (SUMS < 26)) return multiply_rows<K, R>;
+        if constexpr (K <= 2 && K * R <= ROW_SUMS) return multiply_rows<K, R>;
     } else {
         if constexpr (K * R <= SUMS) return multiply<K, R>;
     }

@@ -13,12 +13,9 @@ from torch.nn import functional as F
 from lightning_compress.core.inference_copy import inference_copy
 from lightning_compress.ops.pattern_conv2d.operator import (
     NonZeros,
-    Plan,
-    compiled_code,
     dense_weight,
     non_zeros,
     pattern_conv2d,
-    runs_compiled,
 )
 
 Mode = Literal["auto", "sparse", "dense"]
@@ -75,7 +72,6 @@ class PatternConv2d(nn.Module):
         self.mode: Mode = mode
         self.sparse_pays: dict[tuple[int, ...], bool] = {}  # (threads, *shape of the input) -> what was measured
         self._dense: Tensor | None = None
-        self._plans: dict[torch.Size, Plan] = {}
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, block: int = 1, *, relu: bool = False, mode: Mode = "auto") -> PatternConv2d:
@@ -111,24 +107,7 @@ class PatternConv2d(nn.Module):
         )
 
     def _forward_sparse(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
-            plan = self._plan(x)  # small layers take less time than torch's way to the same code
-            if plan is not None:
-                return plan(x, self.bias, self.relu)
         return pattern_conv2d(x, *self.weights, self.bias, self.out_channels, self.stride, self.relu)
-
-    def _plan(self, x: Tensor) -> Plan | None:
-        """What the compiled code has prepared for images of this size; None where it does not run them."""
-        if type(x) is not Tensor or not runs_compiled(x, self.weight) or (x.requires_grad and torch.is_grad_enabled()):
-            return None
-        plan = self._plans.get(x.shape[1:])
-        if plan is None or not plan.fits(self.weight):
-            code = compiled_code()
-            if code is None:
-                return None
-            plan = Plan(code, self.weights, tuple(x.shape), self.out_channels, self.stride)
-            self._plans[x.shape[1:]] = plan
-        return plan
 
     def _forward_dense(self, x: Tensor) -> Tensor:
         if self._dense is None or self._dense.device != x.device or self._dense.dtype != x.dtype:
@@ -149,11 +128,11 @@ class PatternConv2d(nn.Module):
         return self.sparse_pays[key]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PatternConv2d:
-        self._dense, self._plans = None, {}
+        self._dense = None
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_dense": None, "_plans": {}, "sparse_pays": {}}  # of this machine
+        return {**self.__dict__, "_dense": None, "sparse_pays": {}}  # of this machine
 
 
 def _seconds(x: Tensor, way: Callable[[Tensor], Tensor]) -> float:

@@ -139,16 +139,11 @@ def _(
     x: Tensor, taps: Tensor, bounds: Tensor, weight: Tensor, filters: Tensor, bias: Tensor | None,
     out_channels: int, stride: int, relu: bool,
 ) -> Tensor:  # fmt: skip
-    compiled = compiled_code() if runs_compiled(x, weight) else None
+    plain = x.dtype == weight.dtype == torch.float32 and weight.shape[1] in BLOCKS and x.numel() > 0
+    compiled = compiled_code() if plain else None
     if compiled is None:
         return _reference(x, taps, bounds, weight, filters, bias, out_channels, stride, relu)
     return run_compiled(compiled, x, NonZeros(taps, bounds, weight, filters), bias, out_channels, stride, relu)
-
-
-def runs_compiled(x: Tensor, weight: Tensor) -> bool:
-    """Whether there is compiled code for these, if there is a compiler."""
-    plain = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
-    return plain and weight.shape[1] in BLOCKS and x.numel() > 0
 
 
 @pattern_conv2d.register_kernel("cuda")
@@ -193,7 +188,8 @@ class Plan:
         )  # fmt: skip
         if not self.handle:
             raise ValueError(f"vectors={vectors}, by_rows={by_rows}: there is no such kernel on this processor.")
-        self.version = _version(weights.weight)
+        self.others = weights.taps, weights.bounds, weights.filters  # the weight itself must be free to go
+        self.versions = [_version(t) for t in weights]
         self.output = filters, (height - 1) // stride + 1, (width - 1) // stride + 1
         self.run = code.pattern_conv2d_run
         weakref.finalize(self, code.pattern_conv2d_free, self.handle)
@@ -206,9 +202,11 @@ class Plan:
         self.run(self.handle, x.data_ptr(), at, y.data_ptr(), len(x), relu, torch.get_num_threads())
         return y
 
-    def fits(self, weight: Tensor) -> bool:
-        """Whether the weight is still as it was."""
-        return self.version == _version(weight)
+    def fits(self, weights: NonZeros) -> bool:
+        """Whether these are the weights it was made of, as they were then."""
+        others = weights.taps, weights.bounds, weights.filters
+        same = all(one is other for one, other in zip(self.others, others, strict=True))
+        return same and self.versions == [_version(t) for t in weights]
 
 
 def _check(taps: Tensor, bounds: Tensor, weight: Tensor, rows: Tensor, channels: int, filters: int) -> None:
@@ -235,7 +233,7 @@ def run_compiled(
     plans: dict[Any, Plan] = _plans.setdefault(weights.weight, {})
     key = (id(code), x.shape[1:], stride, *tuning.items())
     plan = plans.get(key)
-    if plan is None or not plan.fits(weights.weight):
+    if plan is None or not plan.fits(weights):
         plan = plans[key] = Plan(code, weights, tuple(x.shape), filters, stride, **tuning)
     return plan(x, None if bias is None else bias.contiguous(), relu)
 
