@@ -30,9 +30,7 @@ from lightning_compress.callbacks.sparsity.pattern_pruning import draw_patterns
 from lightning_compress.callbacks.sparsity.pconv import find_rules, rates
 from lightning_compress.core.example_input import find_example_input
 from lightning_compress.core.inference_copy import inference_copy
-from lightning_compress.core.measurement import LayerCost
 from lightning_compress.core.profile import profile
-from lightning_compress.core.report import run_folder
 from lightning_compress.core.select import match
 from lightning_compress.core.sparse.admm import ADMM, Artefact, Phase, Problem
 from lightning_compress.core.sparse.formats import SPM, decode_spm, encode_spm, save_spm
@@ -338,10 +336,7 @@ class PCNN(ADMM):
         packed = self.packed(pl_module)
         if not packed:
             return {}, []
-        costs = {}
-        for layer, spm in packed.items():
-            bias = pl_module.get_submodule(layer).bias
-            costs[layer] = LayerCost(bytes=spm.nbytes + (bias.nbytes if isinstance(bias, Tensor) else 0))
+        costs = {n: self.packed_cost(pl_module.get_submodule(n), spm.nbytes) for n, spm in packed.items()}
         dense = sum(math.prod(spm.shape) * spm.weight.element_size() for spm in packed.values())
         weights = sum(spm.weight.nbytes for spm in packed.values())
         index = sum(spm.index_bytes for spm in packed.values())
@@ -354,10 +349,7 @@ class PCNN(ADMM):
         ids = {layer: best_patterns(decode_spm(packed[layer])[0], self.libraries[layer].cpu()) for layer in packed}
         draw_patterns(trainer, f"{self.NAME}/library", ids, self.libraries)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            same = [c for c in trainer.callbacks if type(c) is type(self)]  # type: ignore[attr-defined]
-            number = same.index(self)
-            path = run_folder(trainer) / f"{self.NAME}{f'_{number + 1}' if number else ''}.spm"
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path = self.packed_path(trainer, ".spm")
             size = save_spm(path, packed)
             rounded = ", weights rounded to 8 bits" if self.int8 else ""
             notes.append(

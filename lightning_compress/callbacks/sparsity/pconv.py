@@ -30,9 +30,7 @@ from torch import Tensor, nn
 
 from lightning_compress.core.example_input import find_example_input
 from lightning_compress.core.inference_copy import inference_copy
-from lightning_compress.core.measurement import LayerCost
 from lightning_compress.core.profile import profile
-from lightning_compress.core.report import run_folder
 from lightning_compress.core.select import match
 from lightning_compress.core.sparse.admm import ADMM, Artefact, Phase, Problem
 from lightning_compress.core.sparse.formats import FKW, decode_fkw, encode_fkw, fkw_lists, save_fkw, share_kernels
@@ -299,16 +297,10 @@ class PCONV(ADMM):
         packed = self.packed(pl_module)
         if not packed:
             return {}, []
-        costs = {}
-        for layer, fkw in packed.items():
-            bias = pl_module.get_submodule(layer).bias
-            costs[layer] = LayerCost(bytes=fkw.nbytes + (bias.nbytes if isinstance(bias, Tensor) else 0))
+        costs = {n: self.packed_cost(pl_module.get_submodule(n), fkw.nbytes) for n, fkw in packed.items()}
         notes = [rates(pl_module, list(packed))]
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            same = [c for c in trainer.callbacks if type(c) is type(self)]  # type: ignore[attr-defined]
-            number = same.index(self)
-            path = run_folder(trainer) / f"{self.NAME}{f'_{number + 1}' if number else ''}.fkw"
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path = self.packed_path(trainer, ".fkw")
             size, index = save_fkw(path, packed), sum(fkw.index_bytes for fkw in packed.values())
             dense = sum(math.prod(fkw.shape) * fkw.weight.element_size() for fkw in packed.values())
             notes.append(

@@ -39,6 +39,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ from torch.optim import Optimizer
 
 from lightning_compress.core.measurement import LayerCost
 from lightning_compress.core.optimizers import check_optimizers
-from lightning_compress.core.report import close_account, open_account
+from lightning_compress.core.report import close_account, open_account, run_folder
 from lightning_compress.core.sparse.fixed_masks import FixedMasks
 from lightning_compress.core.surgery import Cut, attach_record, check_trainer
 from lightning_compress.core.surgery.shrink import slice_tensor
@@ -307,6 +308,20 @@ class ADMM(Callback):
         self.masks.detach()
         self.masks = FixedMasks()
         self.masks.attach(trainer, pl_module)
+
+    def packed_path(self, trainer: Trainer, suffix: str) -> Path:
+        """Where the packed form is written: beside the account, numbered where several of a method are at work."""
+        same = [c for c in trainer.callbacks if type(c) is type(self)]  # type: ignore[attr-defined]
+        number = same.index(self)
+        folder = run_folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{self.NAME}{f'_{number + 1}' if number else ''}{suffix}"
+
+    @staticmethod
+    def packed_cost(layer: nn.Module, packed_bytes: int) -> LayerCost:
+        """What a layer costs whose weight is packed: these bytes, and its bias."""
+        bias = layer.bias
+        return LayerCost(bytes=packed_bytes + (bias.nbytes if isinstance(bias, Tensor) else 0))
 
     def follow_cuts(self, cuts: Mapping[str, Sequence[Cut]]) -> None:
         """Surgery has cut weights (by layer); cut all that has their shape, too."""

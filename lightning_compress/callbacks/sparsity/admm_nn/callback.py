@@ -29,9 +29,7 @@ from lightning_compress.callbacks.sparsity.admm_nn.projections import (
 )
 from lightning_compress.callbacks.sparsity.admm_nn.storage import Stored, compression_report, sentence
 from lightning_compress.core.example_input import find_example_input
-from lightning_compress.core.measurement import LayerCost
 from lightning_compress.core.ratio import parse_ratio, ratio_by_layer
-from lightning_compress.core.report import run_folder
 from lightning_compress.core.select import match
 from lightning_compress.core.sparse.admm import ADMM, Artefact, Phase, Problem
 from lightning_compress.core.sparse.bit_packing import pack_mask, unpack_mask
@@ -467,17 +465,14 @@ class ADMMNN(ADMM):
         costs, stored = {}, {}
         for name, gaps in packed.items():
             layer: Any = pl_module.get_submodule(name)
-            costs[name] = LayerCost(bytes=gaps.nbytes + (layer.bias.nbytes if layer.bias is not None else 0))
+            costs[name] = self.packed_cost(layer, gaps.nbytes)
             kept = int(layer.weight.count_nonzero())
             stored[name] = Stored(layer.weight.numel(), kept, gaps.value_bits, gaps.nbytes, _is_conv(layer))
         report = compression_report(stored)
         groups = [group for group in ("all convolutions", "all layers") if group in report]
         notes = [sentence(report, group, self.structure != "irregular") for group in groups]
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            same = [c for c in trainer.callbacks if type(c) is type(self)]  # type: ignore[attr-defined]
-            number = same.index(self)
-            path = run_folder(trainer) / f"{self.NAME}{f'_{number + 1}' if number else ''}.gaps"
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path = self.packed_path(trainer, ".gaps")
             size, index = save_gaps(path, packed), sum(gaps.index_bytes for gaps in packed.values())
             path.with_name(f"{path.stem}_storage.json").write_text(json.dumps(report, indent=1))
             notes.append(f"{path.name}: {len(packed)} layers in {size:,} bytes, of them {index:,} of indices.")
