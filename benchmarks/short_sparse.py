@@ -79,7 +79,7 @@ class AtStart(Callback):
         pl_module.train()
 
 
-def run(budget: Budget, own: Callback, constant: int) -> tuple[float, float, Account]:
+def run(budget: Budget, own: Callback, constant: int, *others: Callback) -> tuple[float, float, Account]:
     """Fit and return (accuracy at the start, at the end, account)."""
     seed_everything(budget.seed, verbose=False)
     epochs = budget.search_epochs + budget.epochs
@@ -97,7 +97,8 @@ def run(budget: Budget, own: Callback, constant: int) -> tuple[float, float, Acc
         first = AtStart(budget.test_batches)
         trainer = Trainer(
             max_epochs=epochs, limit_train_batches=budget.batches, limit_val_batches=budget.test_batches,
-            check_val_every_n_epoch=epochs, num_sanity_val_steps=0, callbacks=[own, first], default_root_dir=folder,
+            check_val_every_n_epoch=epochs, num_sanity_val_steps=0, default_root_dir=folder,
+            callbacks=[own, *others, first],
             logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
             accelerator="cpu",
         )  # fmt: skip

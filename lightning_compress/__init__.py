@@ -15,15 +15,29 @@ if TYPE_CHECKING:
     from lightning_compress.core.ratio import parse_ratio
     from lightning_compress.core.surgery import load
     from lightning_compress.export import export
+    from lightning_compress.export.packed import binary_network, load_packed, save_packed
 
-__all__ = ["Profile", "__version__", "export", "load", "parse_ratio", "profile"]
+__all__ = [
+    "Profile",
+    "__version__",
+    "binary_network",
+    "export",
+    "load",
+    "load_packed",
+    "parse_ratio",
+    "profile",
+    "save_packed",
+]
 
 _HOME = {
     "Profile": "core.profile",
+    "binary_network": "export.packed",
     "export": "export",
     "load": "core.surgery",
+    "load_packed": "export.packed",
     "parse_ratio": "core.ratio",
     "profile": "core.profile",
+    "save_packed": "export.packed",
 }
 
 

@@ -15,7 +15,7 @@ from lightning_compress.catalog import CARDS, CONFIGS, PLANNED, READY, Card, car
 ROOT = Path(__file__).parents[1]
 READY_CARDS = list(cards(READY))
 # Not methods: they serve all of them.
-HELPERS = {"ExportCompressed", "RestoreCompressed", "ImageClassifier"}
+HELPERS = {"ExportCompressed", "RestoreCompressed", "ImageClassifier", "SuperResolution"}
 
 
 def by_slug(c: Card) -> str:
@@ -28,7 +28,7 @@ def load(path: str) -> type:
 
 
 def test_slugs_and_classes_are_unique():
-    assert len({c.slug for c in CARDS}) == len({c.name for c in CARDS}) == len(CARDS) == 51
+    assert len({c.slug for c in CARDS}) == len({c.name for c in CARDS}) == len(CARDS) == 52
 
 
 @pytest.mark.parametrize("c", CARDS, ids=by_slug)

@@ -8,6 +8,7 @@ from pydoc import locate
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Trainer
 
 from lightning_compress import callbacks
@@ -18,15 +19,22 @@ from lightning_compress.cli.configs import find_config, summary
 from lightning_compress.cli.lightning_cli import CompressCLI
 from lightning_compress.core.profile import profile
 from lightning_compress.core.surgery import ChannelGraph, allocate, apply_cuts
-from lightning_compress.modules import ImageClassifier
+from lightning_compress.modules import ImageClassifier, SuperResolution
 
 NAMES = config_names()
 # What a fragment needs beside it to be a whole.
-REST = {"data": ["model/resnet20"], "model": ["data/cifar10"], "method": ["data/digits", "model/resnet20"]}
+REST = {
+    "data": ["model/resnet20"],
+    "model": ["data/cifar10"],
+    "method": ["data/digits", "model/resnet20"],
+    "model/lenet5": ["data/mnist"],
+    **{name: ["model/edsr_baseline"] for name in ("data/photographs", "data/div2k")},
+    **{name: ["data/photographs"] for name in ("model/edsr_baseline", "model/rdn")},
+}
 
 
 def arguments(name: str) -> list[str]:
-    rest = ["data/mnist"] if name == "model/lenet5" else REST.get(name.split("/")[0], [])
+    rest = REST.get(name, REST.get(name.split("/")[0], []))
     return [arg for part in (*rest, name) for arg in ("--config", part)]
 
 
@@ -44,7 +52,7 @@ def parse(name: str) -> Any:
 def test_parses(name: str):
     config = parse(name)
     model: Any = locate(config.model.class_path)
-    assert issubclass(model, ImageClassifier)
+    assert issubclass(model, (ImageClassifier, SuperResolution))
     if name.startswith("method/") and model is ImageClassifier:  # else the method is the model
         assert len(config.trainer.callbacks) == 1
 
@@ -58,6 +66,19 @@ def test_builds_and_the_model_fits_the_data(name: str):
     assert cli.model.input_shape == cli.datamodule.input_shape
     assert cli.model.num_classes == cli.datamodule.num_classes
     cli.model(cli.model.example_input_array.repeat(2, 1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"), [("super_resolution", 2), ("data/photographs", 2), ("data/div2k", 4), ("model/rdn", 2)]
+)
+def test_builds_and_enlarges(name: str, scale: int):
+    with torch.device("meta"):  # RDN is large
+        cli = CompressCLI([*arguments(name), "--trainer.logger", "false"], run=False)
+        assert isinstance(cli.model, SuperResolution)
+        assert cli.model.scale == cli.datamodule.scale == scale
+        assert cli.model.input_shape == cli.datamodule.input_shape
+        large = cli.model(torch.zeros(2, *cli.datamodule.input_shape))
+    assert large.shape == (2, 3, cli.datamodule.patch_size, cli.datamodule.patch_size)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,5 +1,6 @@
 """Callbacks: what you add to a Trainer, for any LightningModule."""
 
+from lightning_compress.callbacks.distillation.knowledge_distillation import KnowledgeDistillation
 from lightning_compress.callbacks.export_compressed import ExportCompressed
 from lightning_compress.callbacks.pruning.abc_pruner import ABCPruner
 from lightning_compress.callbacks.pruning.architecture_decoupling import ArchitectureDecoupling
@@ -10,6 +11,12 @@ from lightning_compress.callbacks.pruning.l1_norm import L1Norm
 from lightning_compress.callbacks.pruning.random_channels import RandomChannels
 from lightning_compress.callbacks.pruning.ssr import SSR
 from lightning_compress.callbacks.pruning.white_box import WhiteBox
+from lightning_compress.callbacks.quantization.dgms import DGMS
+from lightning_compress.callbacks.quantization.pams import PAMS
+from lightning_compress.callbacks.quantization.lts import LTS
+from lightning_compress.callbacks.quantization.qat import QAT
+from lightning_compress.callbacks.quantization.rbnn import RBNN
+from lightning_compress.callbacks.quantization.siman import SiMaN
 from lightning_compress.callbacks.restore_compressed import RestoreCompressed
 from lightning_compress.callbacks.sparsity.admm_nn import ADMMNN
 from lightning_compress.callbacks.sparsity.lbc import LBC
@@ -21,10 +28,15 @@ from lightning_compress.callbacks.sparsity.pconv import PCONV
 
 __all__ = [
     "ADMMNN",
+    "DGMS",
     "KSE",
     "LBC",
+    "LTS",
+    "PAMS",
     "PCNN",
     "PCONV",
+    "QAT",
+    "RBNN",
     "SSR",
     "ABCPruner",
     "ArchitectureDecoupling",
@@ -32,10 +44,12 @@ __all__ = [
     "FilterSketch",
     "HRank",
     "L1Norm",
+    "KnowledgeDistillation",
     "LotteryJackpots",
     "MagnitudePruning",
     "PatternPruning",
     "RandomChannels",
     "RestoreCompressed",
+    "SiMaN",
     "WhiteBox",
 ]

@@ -20,7 +20,7 @@ from lightning_compress.cli.configs import find_config
 from lightning_compress.cli.errors import explain
 from lightning_compress.cli.main import fail
 
-FROM_DATA = ("num_classes", "input_shape")
+FROM_DATA = ("num_classes", "input_shape", "scale")
 
 
 def main(args: list[str]) -> None:
@@ -115,7 +115,7 @@ class CompressCLI(lightning.LightningCLI):
 
 
 def follow_data(config: Namespace) -> None:
-    """Take the model's classes and input shape from the data, where the config leaves their defaults."""
+    """Take the model's classes, input shape and scale from the data, where the config leaves their defaults."""
     model, data = config.get("model"), config.get("data")
     if not (model and data):
         return

@@ -56,10 +56,11 @@ def _show(c: Card) -> None:
         print("\nconfigs", *(f"  {name}" for name in c.configs), sep="\n")
     if c.published:
         print("\npublished")
-        print(columns([("network", "data", "top-1", "MACs", "params", "setting"), *map(_published, c.published)]))
+        quality = "PSNR" if "psnr" in c.published[0].result else "top-1"
+        print(columns([("network", "data", quality, "MACs", "params", "setting"), *map(_published, c.published)]))
 
 
 def _published(row: Row) -> tuple[str, ...]:
-    top1 = f"{row.result['top1']:.2f}" if "top1" in row.result else "-"
+    quality = next((f"{row.result[key]:.2f}" for key in ("top1", "psnr") if key in row.result), "-")
     cost = tuple(f"{row.result[key] / 1e6:.2f}M" if key in row.result else "-" for key in ("macs", "params"))
-    return row.network, row.data, top1, *cost, row.setting
+    return row.network, row.data, quality, *cost, row.setting

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 
 from lightning_compress.cli.configs import find_config
 from lightning_compress.cli.lightning_cli import CompressParser, follow_data
+from lightning_compress.core.example_input import first_loader
 from lightning_compress.core.surgery import attach_record, load, read_checkpoint
 
 
@@ -43,6 +46,18 @@ def described_module(parser: CompressParser, given: Namespace) -> LightningModul
     """The LightningModule of `--config` or `--model`, if there is one of these."""
     follow_data(given)
     return parser.instantiate_classes(given).get("model")
+
+
+def calibration_batches(parser: CompressParser, given: Namespace, count: int) -> Iterator[torch.Tensor] | None:
+    """The images of `count` training batches of `--data`, or of the data in `--config`; None for 0."""
+    if not count:
+        return None
+    data = parser.instantiate_classes(given).get("data")
+    if data is None:
+        parser.error("--num-batches needs data: name a datamodule with --data, or a config that has one with --config")
+    data.prepare_data()
+    data.setup("fit")
+    return (batch[0] for batch in islice(first_loader(data.train_dataloader()), count))
 
 
 def restored_module(parser: CompressParser, given: Namespace, checkpoint: str) -> LightningModule:

@@ -100,7 +100,7 @@ class Account:
         return found
 
     def table(self, max_layers: int = 40) -> RenderableType:
-        """For ``rich.print``: totals, layers (norms left out, ``max_layers`` at most), notes."""
+        """For ``rich.print``: totals, layers (``max_layers`` at most; no norms, no ranges of quantisers), notes."""
         lines = [Text(f"• {note}") for note in self.notes]
         lines += [Text.assemble("• left alone: ", (name, "bold"), f": {why}") for name, why in self.left_alone]
         return Group(self._totals_table(), self._layers_table(max_layers), Padding(Group(*lines), (0, 1)))
@@ -207,6 +207,7 @@ class Account:
 
     def _layers_table(self, max_layers: int) -> Table:
         layers = [layer for layer in self.layers() if layer[0].kind not in ("batchnorm", "norm")]
+        layers = [layer for layer in layers if layer[1] or layer[0].macs]  # not the ranges of quantisers
         sparse = any(row.nonzeros < 0.99 * row.params for row, _, _ in layers)  # a bias of zeros is not sparsity
         quantised = any(before and after and before.bits != after.bits for _, before, after in layers)
         columns = ["width", "macs", "params", *["zeros"] * sparse, *["bits"] * quantised]

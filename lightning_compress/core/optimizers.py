@@ -48,7 +48,12 @@ def check_held(trainer: Trainer, parameters: Mapping[str, Tensor], by: str) -> N
 
 
 def own_group(
-    trainer: Trainer, parameters: Iterable[Tensor], *, lr_factor: float = 1.0, weight_decay: float | None = None
+    trainer: Trainer,
+    parameters: Iterable[Tensor],
+    *,
+    lr: float | None = None,
+    lr_factor: float = 1.0,
+    weight_decay: float | None = None,
 ) -> None:
     """Move parameters of a callback into a group of their own, with another learning rate and weight decay.
 
@@ -56,6 +61,8 @@ def own_group(
     treat the one it is split from. Without parameters the group is made all the same, so that a resumed run has it.
 
     Args:
+        lr: their learning rate before any schedule (with OneCycleLR its peak), whatever that of the group they come
+            from; None leaves it to `lr_factor`.
         lr_factor: what the learning rates of the group they come from are multiplied by.
         weight_decay: None leaves it.
     """
@@ -64,6 +71,8 @@ def own_group(
         groups = optimizer.param_groups
         source = next((i for i, g in enumerate(groups) if any(id(p) in moved for p in g["params"])), 0)
         options: dict[str, Any] = {k: v for k, v in groups[source].items() if k != "params"}
+        if lr is not None:
+            lr_factor = lr / options.get("max_lr", options.get("initial_lr", options["lr"]))
         for key in ("lr", "initial_lr", "max_lr", "min_lr"):
             if key in options:
                 options[key] = options[key] * lr_factor

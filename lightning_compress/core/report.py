@@ -107,7 +107,7 @@ def close_account(
     opened = _accounts.get(pl_module)
     if not trainer.is_global_zero or opened is None:
         return None
-    opened.bits.update(bits or {})
+    opened.bits.update({name.replace("_orig_mod.", ""): b for name, b in (bits or {}).items()})
     opened.costs.update(costs or {})
     news = bool(bits) or bool(costs) or opened.account is None
     if news:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,6 +30,12 @@ class EpochSampler(DistributedSampler):
     dataset also through worker processes that outlive it. Lightning calls ``set_epoch`` before each epoch,
     with the right epoch after a resume, and leaves a `DistributedSampler` in place under DDP.
     """
+
+    @classmethod
+    def of_rank(cls, trainer: Trainer | None, dataset: Dataset, seed: int) -> EpochSampler:
+        """Make one with Lightning's share for this rank; there is no trainer where a datamodule is used without one."""
+        shares = getattr(trainer, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
+        return cls(dataset, seed=seed, **shares)
 
     def __iter__(self) -> Iterator[int]:
         first = self.epoch * len(self.dataset)  # type: ignore[arg-type]
@@ -215,29 +221,17 @@ class ImageData(LightningDataModule, ABC):
         _ = self.splits  # absent or broken data is reported here, before anything is built
 
     def train_dataloader(self) -> DataLoader:
-        # Lightning's shares for this rank; None for one process, as is the trainer when used without one
-        shares = getattr(self.trainer, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
-        sampler = EpochSampler(self.splits.train, seed=self.seed, **shares)
-        return self._loader(self.splits.train, self.batch_size, sampler)
+        sampler = EpochSampler.of_rank(self.trainer, self.splits.train, self.seed)
+        return make_loader(self.splits.train, self.batch_size, self.num_workers, sampler)
 
     def val_dataloader(self) -> DataLoader:
-        return self._loader(self.splits.val, self.eval_batch_size or self.batch_size)
+        return make_loader(self.splits.val, self.eval_batch_size or self.batch_size, self.num_workers)
 
     def test_dataloader(self) -> DataLoader:
-        return self._loader(self.splits.test, self.eval_batch_size or self.batch_size)
+        return make_loader(self.splits.test, self.eval_batch_size or self.batch_size, self.num_workers)
 
     def predict_dataloader(self) -> DataLoader:
         return self.test_dataloader()
-
-    def _loader(self, dataset: Dataset, batch_size: int, sampler: EpochSampler | None = None) -> DataLoader:
-        return DataLoader(
-            dataset,
-            batch_size=batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
 
     def split_arrays(self, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> Splits:
         """Make the three splits of (images (N, C, H, W) uint8, labels (N,) int64) pairs."""
@@ -255,16 +249,31 @@ class ImageData(LightningDataModule, ABC):
 
     def absent(self, layouts: Sequence[str]) -> MisconfigurationException:
         """Say which layouts are read, relative to the root, and what was found instead."""
-        if not self.root.is_dir():
-            found = "there is no such folder"
-        else:
-            entries = sorted(entry.name for entry in self.root.iterdir())
-            found = f"it holds {', '.join(entries[:8]) + (', ...' if len(entries) > 8 else '') or 'nothing'}"
-        remedy = " download=True fetches it." if self.source else ""
-        return MisconfigurationException(
-            f"{type(self).__name__}: no data under root={str(self.root)!r} ({found}). "
-            f"Expected {' or '.join(layouts)}.{remedy}"
-        )
+        return absent(type(self).__name__, self.root, layouts, " download=True fetches it." if self.source else "")
+
+
+def make_loader(dataset: Dataset, batch_size: int, num_workers: int, sampler: EpochSampler | None = None) -> DataLoader:
+    """A loader in the dataset's own order, or the sampler's; its workers live as long as it does."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def absent(name: str, folder: Path, layouts: Sequence[str], remedy: str = "") -> MisconfigurationException:
+    """Say which layouts the datamodule `name` reads, relative to the folder, and what was found instead."""
+    if not folder.is_dir():
+        found = "there is no such folder"
+    else:
+        entries = sorted(entry.name for entry in folder.iterdir())
+        found = f"it holds {', '.join(entries[:8]) + (', ...' if len(entries) > 8 else '') or 'nothing'}"
+    return MisconfigurationException(
+        f"{name}: no data under root={str(folder)!r} ({found}). Expected {' or '.join(layouts)}.{remedy}"
+    )
 
 
 def hold_out(labels: Tensor, size: int | float, seed: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -55,14 +55,15 @@ class ImageFolder(ImageData):
 
     ``root`` holds ``train/<class>/*`` and ``val/<class>/*``, and optionally ``test/<class>/*``; without
     ``test`` the images of ``val`` are also those to test on (ImageNet's usual practice, so choose nothing by
-    that score). Training: random crop of 8 % to 100 % of the area, enlarged or shrunk to ``size``, flip.
-    Evaluation: shorter side to 256/224 of ``size``, centre crop.
+    that score). Training: random crop, flip. Evaluation: shorter side to 256/224 of ``size``, centre crop.
 
     Args:
         root: folder that holds the data.
         size: height and width of the images that the network sees.
         val_size: held out of the training images for validation: a share below 1 or a number of images.
             0 validates on ``val``.
+        train_crop: ``"resized"``: of 8 % to 100 % of the area, enlarged or shrunk to ``size``; ``"plain"``: anywhere in
+            the image as evaluation sees it before its own crop, which suits short fine-tuning.
         num_workers: loader processes; files are decoded there, so give it most of the machine's cores.
         mean: per channel, for images in [0, 1]; None takes ImageNet's.
         std: likewise.
@@ -78,9 +79,13 @@ class ImageFolder(ImageData):
         *,
         size: int = 224,
         val_size: int | float = 0,
+        train_crop: Literal["resized", "plain"] = "resized",
         num_workers: int = 0,
         **kwargs: Any,
     ) -> None:
+        if train_crop not in ("resized", "plain"):
+            raise ValueError(f"train_crop must be 'resized' or 'plain', got {train_crop!r}.")
+        self.train_crop = train_crop
         self.input_shape = (3, size, size)
         super().__init__(root, val_size=val_size, num_workers=num_workers, **kwargs)
 
@@ -100,8 +105,10 @@ class ImageFolder(ImageData):
     def make_splits(self) -> Splits:
         size = self.input_shape[1]
         to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
-        centre = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), *to_tensor])
-        crop = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *to_tensor])
+        shrink = v2.Resize(round(size * 256 / 224))
+        centre = v2.Compose([shrink, v2.CenterCrop(size), *to_tensor])
+        crops = [v2.RandomResizedCrop(size)] if self.train_crop == "resized" else [shrink, v2.RandomCrop(size)]
+        crop = v2.Compose([*crops, v2.RandomHorizontalFlip(), *to_tensor])
 
         folders = [name for name in ("val", "test") if (self.root / name).is_dir()]
         if not folders:

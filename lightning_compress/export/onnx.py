@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.onnx import ONNXProgram
 from torch.utils._pytree import tree_leaves
+
+from lightning_compress.export.packed import with_portable_bits
 
 HOW_TO_GET = "pip install 'lightning-compress[export]'"
 
@@ -27,13 +30,13 @@ def missing() -> list[str]:
     return [package for package in ("onnx", "onnxscript", "onnxruntime") if find_spec(package) is None]
 
 
-def save_onnx(program: ExportedProgram, path: Path) -> None:
-    """Write ``program`` as one ONNX file; above ONNX's limit of 2 GB its weights go to ``<path>.data``.
+def to_onnx(program: ExportedProgram) -> ONNXProgram:
+    """``program`` in ONNX; ``.save(path)`` writes one file, above ONNX's limit of 2 GB with weights in ``<path>.data``.
 
     Inputs keep the names of the forward's arguments, an open first dimension is called ``batch``, and a
     single output is called ``output``.
     """
-    onnx_program = torch.onnx.export(program, dynamo=True, verbose=False)
+    onnx_program = torch.onnx.export(with_portable_bits(program), dynamo=True, verbose=False)
     assert onnx_program is not None
     graph = onnx_program.model.graph
     if len(graph.outputs) == 1:
@@ -48,14 +51,19 @@ def save_onnx(program: ExportedProgram, path: Path) -> None:
                 shape[axis] = "batch"
     for node in graph:
         node.metadata_props.clear()  # where in the Python code it came from: a quarter of a small network's file
-    onnx_program.save(path)
+    return onnx_program
+
+
+def session_of(path: Path) -> Any:
+    """An `onnxruntime.InferenceSession` of a file, on the CPU."""
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
 def run_onnx(path: Path, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """Run an ONNX file in ONNX Runtime on the CPU: the tensors it puts out, in order."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = session_of(path)
     tensors = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
     feed = {entry.name: tensor.numpy() for entry, tensor in zip(session.get_inputs(), tensors, strict=True)}
     return [torch.from_numpy(array) for array in session.run(None, feed)]

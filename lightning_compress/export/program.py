@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind
+from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from lightning_compress.core.inference_copy import inference_copy
@@ -52,6 +53,21 @@ def capture(module: nn.Module, args: Args, kwargs: Kwargs, *, dynamic_batch: boo
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # file names of this machine are nobody's business elsewhere
     return program
+
+
+def rounds(program: ExportedProgram) -> bool:
+    """Whether a program has steps: a number that changes by next to nothing may change its output by much."""
+    steps = ("round", "floor", "ceil", "sign", "ge", "gt", "le", "lt", "_symbolic")
+    return any(
+        str(getattr(node.target, "overloadpacket", "")).rpartition(".")[2] in steps
+        and any(_is_float(argument) for argument in node.all_input_nodes)
+        for node in program.graph.nodes
+    )
+
+
+def _is_float(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def save_program(program: ExportedProgram, path: Path) -> None:

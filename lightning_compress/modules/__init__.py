@@ -2,5 +2,6 @@
 
 from lightning_compress.modules.image_classifier import ImageClassifier
 from lightning_compress.modules.pruning.gal import GAL
+from lightning_compress.modules.super_resolution import SuperResolution
 
-__all__ = ["GAL", "ImageClassifier"]
+__all__ = ["GAL", "ImageClassifier", "SuperResolution"]

@@ -11,10 +11,10 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_compress.core.surgery import attach_record
+from lightning_compress.modules._optimizers import check_interval, configured
 
 
 class ImageClassifier(LightningModule):
@@ -56,12 +56,15 @@ class ImageClassifier(LightningModule):
         channels_last: bool = False,
     ) -> None:
         super().__init__()
-        if lr_scheduler_interval not in ("epoch", "step"):
-            raise ValueError(f"lr_scheduler_interval: expected 'epoch' or 'step', got {lr_scheduler_interval!r}.")
+        check_interval(lr_scheduler_interval)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing: expected a share in [0, 1), got {label_smoothing}.")
         self.save_hyperparameters(ignore=[*self.NOT_SAVED, *["network"] * isinstance(network, nn.Module)])
-        self.network = _build(network, num_classes, input_shape[0]) if isinstance(network, str) else network
+        if isinstance(network, str):
+            from lightning_compress.networks.find import build_classifier
+
+            network = build_classifier(network, num_classes, input_shape[0])
+        self.network = network
         if weights is not None:
             from lightning_compress.networks.find import load_weights
 
@@ -130,24 +133,7 @@ class ImageClassifier(LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(self.parameters())
-        if self.lr_scheduler is None:
-            return optimizer
-        scheduler = self.lr_scheduler(optimizer)
-        config: dict[str, Any] = {"scheduler": scheduler, "interval": self.lr_scheduler_interval}
-        if isinstance(scheduler, ReduceLROnPlateau):
-            config["monitor"] = getattr(scheduler, "monitor", "val/loss")
-        return {"optimizer": optimizer, "lr_scheduler": config}
-
-
-def _build(name: str, num_classes: int, channels: int) -> nn.Module:
-    """Build a network by name; own ones and timm's take the number of input channels."""
-    from lightning_compress.networks.find import OWN, build
-
-    argument = "in_channels" if name in OWN else "in_chans" if name.startswith("timm/") else None
-    if argument is None and channels != 3:
-        raise ValueError(f"input_shape: {name!r} is built for 3 channels, got {channels}.")
-    return build(name, num_classes=num_classes, **({argument: channels} if argument else {}))
+        return configured(self.parameters(), self.optimizer, self.lr_scheduler, self.lr_scheduler_interval, "val/loss")
 
 
 def _describe(batch: Any) -> str:

@@ -95,7 +95,7 @@ def test_fast_dev_run_exports_and_leaves_no_file(tmp_path):
 
 
 def test_bad_arguments_are_refused_before_the_fit(monkeypatch):
-    with pytest.raises(ValueError, match="format must be 'auto', 'onnx' or 'torch', got 'onxx'"):
+    with pytest.raises(ValueError, match="format must be 'auto', 'onnx', 'torch', 'int8' or 'codebook', got 'onxx'"):
         ExportCompressed(format="onxx")
     monkeypatch.setattr("lightning_compress.export.missing", lambda: ["onnx"])
     with pytest.raises(MisconfigurationException, match="needs onnx: pip install"):

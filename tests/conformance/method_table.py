@@ -15,6 +15,7 @@ from typing import Any
 import foreign
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
+import lightning_compress.callbacks
 from lightning_compress.catalog import READY, Card, cards
 
 EPOCHS = 4
@@ -50,11 +51,22 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "pattern_pruning": {"library": "cheap", "connectivity": 2.0, "end_epoch": 3, "every_n_epochs": 1},
     "pattern_pruning extract": {"library_sizes": [12, 4], "extract_epochs_per_phase": 1, "end_epoch": 3,
                                 "every_n_epochs": 1},
+    "qat lsq": {"quantizer": "lsq", "per_channel": True, "first_last_bits": 8},
+    "lts": {"warmup_epochs": 1, "ema": 0.9},
+    "lts channel": {"warmup_epochs": 1, "ema": 0.9, "granularity": "channel", "min_group": 0.5},
+    "knowledge_distillation": {"teacher": foreign.made().net},
+    "knowledge_distillation features": {"teacher": foreign.made().net, "losses": {"target": 1.0, "hints": 1.0,
+                                        "angle": 1.0, "contrast": 0.1}, "features": {
+                                        "hints": {"net.blocks.?": "blocks.?"}, "angle": {"net.stem": "stem"}},
+                                        "warmup_epochs": 2, "task_weight": 0.5},
     "pcnn": {"n": 2, "end_epoch": 3, "every_n_epochs": 1},
+    "pams four_bits": {"weight_bits": 4, "activation_bits": 4, "ema_epoch": 2, "init": "ema"},
     "pconv": {"connectivity": 2.0, "end_epoch": 3, "every_n_epochs": 1},
 }  # fmt: skip
 
 
+# Slug -> classes of callbacks that stand before it, without which it refuses to work.
+COMPANIONS: dict[str, list[str]] = {"lts": ["QAT"]}
 # Methods that compute less for every image, but keep all weights, and bring some.
 KEEP_WEIGHTS = ("architecture_decoupling",)
 # Methods with fewer different weights in layers as wide as before.
@@ -118,7 +130,8 @@ class Case:
         arguments = {**self.arguments, **changes}
         if issubclass(self.cls, Callback):
             data = {"train_dataloaders": foreign.digits(), "val_dataloaders": foreign.digits(32, 64)}
-            callbacks = [self.cls(**arguments)]
+            others = [getattr(lightning_compress.callbacks, name)() for name in COMPANIONS.get(self.card.slug, [])]
+            callbacks = [*others, self.cls(**arguments)]
             return Parts(foreign.made(), callbacks, data, {"dataloaders": foreign.digits(32, 64)})
         from lightning_compress.callbacks import ExportCompressed
         from lightning_compress.cli.lightning_cli import CompressCLI

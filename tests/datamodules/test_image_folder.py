@@ -63,6 +63,22 @@ def test_evaluation_resizes_and_cuts_the_centre(root: Path) -> None:
     assert torch.allclose(image[:, :, 18:], torch.tensor(40 / 255))
 
 
+@pytest.mark.parametrize("train_crop", ["plain", "resized"])
+def test_a_plain_crop_does_not_scale(root: Path, train_crop: str) -> None:
+    ramp = np.repeat(np.arange(0, 240, 4, dtype=np.uint8)[None, :, None], 40, 0).repeat(3, 2)
+    Image.fromarray(ramp).save(root / "train" / "ant" / "0.png")
+    data = ImageFolder(str(root), size=28, train_crop=train_crop, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    views = torch.stack([data.splits.train[epoch * 16][0] for epoch in range(12)])
+    slopes = (views[:, 0, 14, 20] - views[:, 0, 14, 8]).abs() * 255 / 12  # 4 for a pixel of 40, 5 for one of 32
+    assert len(views[:, 0, 14, 14].unique()) > 4
+    assert bool((slopes - 5).abs().max() < 0.3) == (train_crop == "plain")
+
+
+def test_an_unknown_crop_is_named(root: Path) -> None:
+    with pytest.raises(ValueError, match="train_crop must be 'resized' or 'plain', got 'centre'"):
+        ImageFolder(str(root), train_crop="centre")
+
+
 def test_training_crops_and_mirrors(root: Path) -> None:
     train = ImageFolder(str(root), size=8).splits.train
     views = torch.stack([train[epoch * len(train)][0] for epoch in range(40)])

@@ -250,7 +250,7 @@ def test_network_that_cannot_be_captured(tmp_path):
 
 
 def test_bad_arguments(tmp_path):
-    with pytest.raises(ValueError, match="format must be 'auto', 'onnx' or 'torch', got 'tflite'"):
+    with pytest.raises(ValueError, match="format must be 'auto', 'onnx', 'torch', 'int8' or 'codebook', got 'tflite'"):
         export(Net(), tmp_path / "net", (1, 3, 8, 8), format="tflite")
     with pytest.raises(ValueError, match=r"format='torch' writes '\.pt2' files, got path='.*net\.onnx'"):
         export(Net(), tmp_path / "net.onnx", (1, 3, 8, 8), format="torch")

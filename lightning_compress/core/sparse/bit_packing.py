@@ -19,30 +19,39 @@ def bits_for(values: int) -> int:
     return (values - 1).bit_length()
 
 
-def pack_bits(values: Tensor, bits: int) -> Tensor:
+def pack_bits(values: Tensor, bits: int, *, low_first: bool = False) -> Tensor:
     """Pack integers from 0 to 2^bits - 1 into bytes: any shape, read row by row -> (ceil(count * bits / 8),) uint8.
 
     Every number is written with its highest bit first. A last byte of which only r bits are used holds their value,
     not moved to its upper end. With 0 bits nothing is written.
+
+    Args:
+        low_first: bytes are filled from their lowest bits on, and so are the numbers; on the CPU. With 4 bits the
+            first number is the low nibble.
 
     Raises:
         ValueError: a number needs more bits.
 
     >>> pack_bits(torch.tensor([1, 2, 3]), 3)  # 00101001|1 -> 41, 1
     tensor([41,  1], dtype=torch.uint8)
+    >>> pack_bits(torch.tensor([1, 2, 3]), 4, low_first=True)  # 2, 1|0, 3
+    tensor([33,  3], dtype=torch.uint8)
     """
     values = values.flatten().to(torch.int64)
     low, high = (int(x) for x in values.aminmax()) if len(values) else (0, 0)
     if low < 0 or high >= 1 << bits:
         raise ValueError(f"bits={bits} hold 0 to {(1 << bits) - 1}, got {low} to {high}.")
-    digits = (values[:, None] >> _places(bits, values)).bitwise_and_(1).flatten().to(torch.uint8)
+    digits = (values[:, None] >> _places(bits, values)).bitwise_and_(1).to(torch.uint8)
+    if low_first:
+        return torch.from_numpy(np.packbits(digits.flip(1).cpu().numpy(), bitorder="little"))
+    digits = digits.flatten()
     used = digits.numel() % 8
     if used:
         digits = torch.cat([digits[:-used], digits.new_zeros(8 - used), digits[-used:]])
     return (digits.view(-1, 8) << _places(8, digits)).sum(1, dtype=torch.uint8)
 
 
-def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
+def unpack_bits(packed: Tensor, bits: int, count: int, *, low_first: bool = False) -> Tensor:
     """What :func:`pack_bits` packed: (ceil(count * bits / 8),) uint8 -> (count,) int64.
 
     Raises:
@@ -51,6 +60,9 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     total = bits * count
     if packed.numel() != -(-total // 8):
         raise ValueError(f"packed: {count} numbers of {bits} bits take {-(-total // 8)} bytes, got {packed.numel()}.")
+    if low_first:
+        stream = torch.from_numpy(np.unpackbits(packed.cpu().numpy(), count=total, bitorder="little"))
+        return (stream.view(count, bits).to(torch.int64) << _places(bits, torch.tensor(0)).flip(0)).sum(1)
     digits = (packed[:, None] >> _places(8, packed)).bitwise_and_(1).flatten()
     if total % 8:
         last = total - total % 8

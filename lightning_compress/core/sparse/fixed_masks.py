@@ -163,7 +163,10 @@ class FixedMasks:
         return mask
 
     def _follow(self, pl_module: LightningModule) -> None:
-        """Cut the masks as the record of the module's surgery says its tensors were."""
+        """Cut the masks as the record of the module's surgery says its tensors were, and call them as they are called.
+
+        A weight that a quantiser was put on since, or taken off, has another name.
+        """
         # other changes come and go, so they are not counted
         steps = [step["cuts"] for step in attach_record(pl_module).steps if step["cuts"]]
         for cuts in steps[self._cut_steps :]:
@@ -171,3 +174,9 @@ class FixedMasks:
                 if cut.tensor in self._masks:
                     self._masks[cut.tensor] = slice_tensor(self._masks[cut.tensor], [cut])
         self._cut_steps = len(steps)
+        own = {name for name, _ in pl_module.named_parameters()}
+        for name in [name for name in self._masks if name not in own]:
+            plain = name.replace(".parametrizations.weight.original", ".weight")
+            below = f"{plain.removesuffix('.weight')}.parametrizations.weight.original"
+            for now in own.intersection((plain, below)):
+                self._masks[now] = self._masks.pop(name)

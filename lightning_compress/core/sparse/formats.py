@@ -31,6 +31,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_compress.core.sparse.bit_packing import pack_bits, unpack_bits
 from lightning_compress.core.sparse.patterns import taps_of
 
 _LIMIT = 2**16  # of what is stored as uint16
@@ -261,14 +262,14 @@ def encode_spm(weight: Tensor, mask: Tensor, *, int8: bool = False) -> SPM:
         kernels = (kernels.float() / scale).round().to(torch.int8)
     bits = (len(table) - 1).bit_length()
     shape = (*values.shape, *_kernel_size(taps))
-    return SPM(shape, n, table.to(torch.uint16), pack_codes(codes.flatten(), bits), kernels, scale)
+    return SPM(shape, n, table.to(torch.uint16), pack_bits(codes, bits, low_first=True), kernels, scale)
 
 
 def decode_spm(packed: SPM) -> tuple[Tensor, Tensor]:
     """Weight and mask, (C_out, C_in, kh, kw)."""
     filters, channels, *kernel = packed.shape
     table = packed.table.long()[:, None] >> torch.arange(kernel[0] * kernel[1]) & 1
-    mask = table[unpack_codes(packed.codes, packed.bits, filters * channels)].bool().view(packed.shape)
+    mask = table[unpack_bits(packed.codes, packed.bits, filters * channels, low_first=True)].bool().view(packed.shape)
     values = packed.weight * packed.scale if packed.weight.dtype == torch.int8 else packed.weight
     weight = values.new_zeros(packed.shape)
     weight[mask] = values.flatten()
@@ -358,15 +359,3 @@ def _pad(rows: Tensor, block: int) -> Tensor:
 def _kernel_size(taps: int) -> tuple[int, int]:
     side = round(taps**0.5)
     return (side, side) if side * side == taps else (1, taps)
-
-
-def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Numbers of `bits` bits each -> bytes, lowest bits first."""
-    stream = (codes[:, None] >> torch.arange(bits) & 1).flatten().to(torch.uint8)
-    return torch.from_numpy(np.packbits(stream.numpy(), bitorder="little"))
-
-
-def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
-    """What :func:`pack_codes` packed, int64 (count,)."""
-    stream = np.unpackbits(packed.numpy(), count=count * bits, bitorder="little")
-    return (torch.from_numpy(stream).view(count, bits).long() << torch.arange(bits)).sum(1)

@@ -18,8 +18,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_compress.core.sparse.bit_packing import pack_mask, unpack_mask
-from lightning_compress.core.sparse.formats import pack_codes, unpack_codes
+from lightning_compress.core.sparse.bit_packing import pack_bits, pack_mask, unpack_bits, unpack_mask
 
 Unit = Literal["weight", "kernel", "column"]
 MAX_INDEX_BITS = 16
@@ -116,9 +115,9 @@ def encode_gaps(
     if levels:
         codes = (values / step).round().long().flatten()
         coded = codes + levels - (0 if zero else (codes > 0).long())
-        values = pack_codes(coded, code_bits(levels, zero))
+        values = pack_bits(coded, code_bits(levels, zero), low_first=True)
     rows = torch.empty(0, dtype=torch.uint8) if bool(alive.all()) else pack_mask(alive)
-    packed = pack_codes(gaps, index_bits)
+    packed = pack_bits(gaps, index_bits, low_first=True)
     return Gaps(tuple(weight.shape), unit, entries, index_bits, rows, packed, values, step, levels, levels > 0 and zero)
 
 
@@ -130,10 +129,12 @@ def decode_gaps(packed: Gaps) -> Tensor:
     units = torch.zeros_like(_units(empty, packed.unit))
     values = packed.values
     if packed.levels:
-        codes = unpack_codes(values, packed.value_bits, packed.entries * units.shape[1]) - packed.levels
+        count = packed.entries * units.shape[1]
+        codes = unpack_bits(values, packed.value_bits, count, low_first=True) - packed.levels
         values = (codes if packed.zero else codes + (codes >= 0)) * torch.tensor(packed.step)
         values = values.view(packed.entries, -1)
-    places = (unpack_codes(packed.gaps, packed.index_bits, packed.entries) + 1).cumsum(0) - 1
+    gaps = unpack_bits(packed.gaps, packed.index_bits, packed.entries, low_first=True)
+    places = (gaps + 1).cumsum(0) - 1
     units = units.to(values.dtype)
     units[places] = values
     weight = torch.zeros(packed.shape, dtype=units.dtype)

@@ -16,8 +16,13 @@ Layer = nn.modules.conv._ConvNd | nn.Linear
 
 
 def weight_layers(module: nn.Module) -> dict[str, Layer]:
-    """All convolutions and linear layers by name, in the order in which they are defined; shared ones once."""
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, Layer)}
+    """All convolutions and linear layers by name, in the order in which they are defined; shared ones once.
+
+    Not those of modules with an attribute ``training_only`` that is true, which do not outlive the training.
+    """
+    aside = {part for sub in module.modules() if getattr(sub, "training_only", False) for part in sub.modules()}
+    layers = ((name, layer) for name, layer in module.named_modules() if isinstance(layer, Layer))
+    return {name: layer for name, layer in layers if layer not in aside}
 
 
 def choose_layers(

@@ -25,6 +25,23 @@ def test_round_trip(bits: int, data: st.DataObject):
     assert torch.equal(unpack_bits(packed, bits, len(values)), values)
 
 
+def test_lowest_bits_first():
+    """4 bits: low nibble first; 3 bits: eight numbers in three bytes; 2 bits: four in a byte."""
+    assert pack_bits(torch.tensor([1, 2, 15]), 4, low_first=True).tolist() == [0x21, 0x0F]
+    assert pack_bits(torch.tensor([1, 2, 3, 0]), 2, low_first=True).tolist() == [0b00111001]
+    eight = torch.arange(8)
+    packed = pack_bits(eight, 3, low_first=True)
+    assert sum(byte << 8 * place for place, byte in enumerate(packed.tolist())) == sum(v << 3 * v for v in range(8))
+
+
+@given(bits=st.integers(0, 12), data=st.data())
+def test_round_trip_with_lowest_bits_first(bits: int, data: st.DataObject):
+    values = torch.tensor(data.draw(st.lists(st.integers(0, 2**bits - 1), max_size=40)), dtype=torch.int64)
+    packed = pack_bits(values, bits, low_first=True)
+    assert len(packed) == -(-bits * len(values) // 8)
+    assert torch.equal(unpack_bits(packed, bits, len(values), low_first=True), values)
+
+
 def test_numbers_that_do_not_fill_their_bytes():
     """N * C * bits that 8 does not divide."""
     values = torch.arange(7 * 3).view(7, 3) % 5

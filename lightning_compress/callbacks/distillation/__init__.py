@@ -1,0 +1,1 @@
+"""A teacher's knowledge added to the training of a student."""

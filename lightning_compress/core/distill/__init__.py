@@ -1,0 +1,1 @@
+"""Teachers, taps on features, losses."""

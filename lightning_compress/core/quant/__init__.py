@@ -1,0 +1,1 @@
+"""Fake quantisers, observers, integer and bit-packed formats."""
