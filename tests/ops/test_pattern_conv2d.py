@@ -25,7 +25,6 @@ from lightning_compress.ops.pattern_conv2d import (
     layer,
     non_zeros,
     operator,
-    pattern_conv2d,
     to_pattern_layers,
 )
 
