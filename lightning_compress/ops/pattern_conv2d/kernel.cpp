@@ -347,10 +347,15 @@ struct Plan {
     }
 
     void run(const float* x, const float* bias, float* y, int64_t images, bool relu, int threads) const {
-        // groups of filters: sums must fit the second-level cache, and every thread must have something to do
+        // groups of filters, whose sums must fit the second-level cache
         int64_t groups = std::max<int64_t>(1, blocks * block * sums_row * 4 / SUMS_BYTES);
+        // and filters in shares where stripes alone leave a thread idle, though each share fills the stripe anew
         int64_t shares = 1;
-        while (images * stripes * shares < 2 * threads && threads > 1 && shares * 2 <= blocks) shares *= 2;
+        double least = 1e30;
+        for (int64_t s = 1; s <= std::min<int64_t>(blocks, threads > 1 ? 2 * threads : 1); ++s) {
+            const double cost = double((images * stripes * s + threads - 1) / threads) * (1.0 / double(s) + 0.1);
+            if (cost < least) least = cost, shares = s;
+        }
         groups = up(groups, shares);
         const int64_t group = (blocks + groups - 1) / groups;
 
