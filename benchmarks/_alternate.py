@@ -56,19 +56,23 @@ def machine() -> str:
     return f"{device_name('cpu')}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def best_times(repeats: int, *runs: Callable[..., Any], prepare: Callable[[], tuple[Any, ...]] = tuple) -> list[float]:
+def best_times(
+    repeats: int, *runs: Callable[..., Any], calls: int = 1, prepare: Callable[[], tuple[Any, ...]] = tuple
+) -> list[float]:
     """Shortest time of each of `runs` in seconds; they are run in turns, `repeats` times each.
 
     Args:
+        calls: how often one is called in its turn. From two on the others have not just emptied the caches.
         prepare: makes the arguments anew for every run, outside of the time.
     """
     best = [math.inf] * len(runs)
     for _ in range(repeats):
         for i, run in enumerate(runs):
-            arguments = prepare()
-            start = time.perf_counter()
-            run(*arguments)
-            best[i] = min(best[i], time.perf_counter() - start)
+            for _ in range(calls):
+                arguments = prepare()
+                start = time.perf_counter()
+                run(*arguments)
+                best[i] = min(best[i], time.perf_counter() - start)
     return best
 
 

@@ -1,5 +1,17 @@
-"""Keeps small operators from waiting for each other's threads."""
+"""Keeps small operators from waiting for each other's threads, and tests that share a fixture in one process."""
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files stay whole, but the checks of one method may run beside those of another."""
+    for item in items:
+        if item.get_closest_marker("xdist_group"):
+            continue
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        case = params.get("finished", params.get("case")) if "conformance" in item.nodeid else None
+        group = str(case) if case else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))

@@ -25,7 +25,6 @@ from lightning_compress.ops.pattern_conv2d import (
     layer,
     non_zeros,
     operator,
-    pattern_conv2d,
     to_pattern_layers,
 )
 
@@ -136,7 +135,7 @@ def test_nothing_left_is_zero_or_the_bias() -> None:
 def test_one_operator_for_torch() -> None:
     stored = non_zeros(sparse_weight(8, 4, 2, 0.7), 2)
     x = torch.randn(2, 4, 6, 7)
-    torch.library.opcheck(pattern_conv2d, (x, *stored, torch.randn(8), 8, 2, True))
+    torch.library.opcheck(torch.ops.lightning_compress.pattern_conv2d.default, (x, *stored, torch.randn(8), 8, 2, True))
     conv = PatternConv2d(stored, None, 4, 8)
     program = torch.export.export(conv, (x,))
     targets = [str(node.target) for node in program.graph.nodes]

@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
+from lightning_compress.core.parametrisation import parametrise
+
 Mask = TypeVar("Mask", bound=nn.Module)
 
 
@@ -41,10 +43,9 @@ def insert_mask(layer: nn.Module, mask: nn.Module) -> None:
             f"{type(mask).__name__} masks one tensor, but the weight of this layer is put together from several, as by "
             f"weight_norm; fold them with torch.nn.utils.parametrize.remove_parametrizations first."
         )
-    parametrize.register_parametrization(layer, "weight", mask)
+    parametrise(layer, "weight", mask)
     stack: Any = layer.parametrizations["weight"]  # type: ignore[index]
     stack.insert(0, stack.pop(len(stack) - 1))
-    type(layer).__reduce__ = _reduce  # type: ignore[method-assign, assignment]
 
 
 def remove_mask(layer: nn.Module, kind: type[nn.Module]) -> None:
@@ -93,18 +94,3 @@ def keep_off_the_wire(module: nn.Module, names: list[str]) -> None:
     ignored = list(getattr(module, "_ddp_params_and_buffers_to_ignore", []))
     new = [name for name in names if name not in ignored]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, [*ignored, *new])
-
-
-def _reduce(layer: nn.Module) -> tuple[Any, ...]:
-    return _revive, (parametrize.type_before_parametrizations(layer), dict(vars(layer)))
-
-
-def _revive(kind: type[nn.Module], state: dict[str, Any]) -> nn.Module:
-    """Unpickle a parametrised layer, whose class exists in one process only; torch refuses to."""
-    layer = kind.__new__(kind)
-    vars(layer).update(state)
-    parametrize._inject_new_class(layer)
-    for name in layer.parametrizations:  # type: ignore[union-attr]
-        parametrize._inject_property(layer, name)
-    type(layer).__reduce__ = _reduce  # type: ignore[method-assign, assignment]
-    return layer

@@ -12,6 +12,10 @@
 //
 // Plain C interface and GCC's vector types: `LANES`, floats to a vector, is all that depends on the machine.
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -65,6 +69,27 @@ struct Sums {
     }
 };
 
+#if defined(__AVX512F__)
+inline Vector all_lanes(float value) { return (Vector)_mm512_set1_ps(value); }
+inline Vector left_of(Vector before, Vector here) {  // each lane's left neighbour
+    return (Vector)_mm512_alignr_epi32((__m512i)here, (__m512i)before, LANES - 1);
+}
+inline Vector right_of(Vector here, Vector after) {
+    return (Vector)_mm512_alignr_epi32((__m512i)after, (__m512i)here, 1);
+}
+#else
+inline Vector all_lanes(float value) { return Vector{} + value; }
+template <int... I>
+constexpr Lanes shifted_by(int by, std::integer_sequence<int, I...>) {
+    return Lanes{(I + by)...};
+}
+const auto EACH = std::make_integer_sequence<int, LANES>();
+inline Vector left_of(Vector before, Vector here) {
+    return __builtin_shuffle(before, here, shifted_by(LANES - 1, EACH));
+}
+inline Vector right_of(Vector here, Vector after) { return __builtin_shuffle(here, after, shifted_by(1, EACH)); }
+#endif
+
 template <int K, int R>
 void multiply(const Run& run) {
     Sums<K, R> sum(run);
@@ -76,24 +101,13 @@ void multiply(const Run& run) {
         for (int r = 0; r < R; ++r) value[r] = *(const Unaligned*)(x + r * LANES);
 #pragma GCC unroll 8
         for (int k = 0; k < K; ++k) {
-            const Vector broadcast = Vector{} + w[k];
+            const Vector broadcast = all_lanes(w[k]);
 #pragma GCC unroll 32
             for (int r = 0; r < R; ++r) sum.at[k][r] += broadcast * value[r];
         }
     }
     sum.store(run);
 }
-
-template <int... I>
-constexpr Lanes shifted_by(int by, std::integer_sequence<int, I...>) {
-    return Lanes{(I + by)...};
-}
-const auto EACH = std::make_integer_sequence<int, LANES>();
-
-inline Vector left_of(Vector before, Vector here) {  // each lane's left neighbour
-    return __builtin_shuffle(before, here, shifted_by(LANES - 1, EACH));
-}
-inline Vector right_of(Vector here, Vector after) { return __builtin_shuffle(here, after, shifted_by(1, EACH)); }
 
 template <int K, int R, int SHAPE>
 inline void multiply_shape(const Run& run, const int32_t*& offset, const float*& w, const int32_t* end, Sums<K, R>& sum) {
@@ -102,7 +116,7 @@ inline void multiply_shape(const Run& run, const int32_t*& offset, const float*&
         const float* x = run.input + *offset;
         Vector weight[TAPS][K];
         for (int t = 0; t < TAPS; ++t)
-            for (int k = 0; k < K; ++k) weight[t][k] = Vector{} + w[t * K + k];
+            for (int k = 0; k < K; ++k) weight[t][k] = all_lanes(w[t * K + k]);
         Vector before = LEFT ? *(const Vector*)(x - LANES) : Vector{}, here = *(const Vector*)x;
 #pragma GCC unroll 32
         for (int r = 0; r < R; ++r) {
@@ -165,16 +179,45 @@ Kernel find_kernel(int block, int vectors, bool rows) {
 
 int64_t up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+// The first `count` lanes, the others zero; and to write no more than these.
+#if defined(__AVX512F__)
+inline Vector load_some(const float* from, int64_t count) {
+    return (Vector)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), from);
+}
+inline void store_some(float* to, Vector value, int64_t count) {
+    _mm512_mask_storeu_ps(to, (__mmask16)((1u << count) - 1), (__m512)value);
+}
+#elif defined(__AVX2__)
+inline __m256i first_lanes(int64_t count) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline Vector load_some(const float* from, int64_t count) { return (Vector)_mm256_maskload_ps(from, first_lanes(count)); }
+inline void store_some(float* to, Vector value, int64_t count) {
+    _mm256_maskstore_ps(to, first_lanes(count), (__m256)value);
+}
+#else
+inline Vector load_some(const float* from, int64_t count) {
+    Vector value{};
+    for (int64_t i = 0; i < count; ++i) value[i] = from[i];
+    return value;
+}
+inline void store_some(float* to, Vector value, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = value[i];
+}
+#endif
+
 // For lines of some dozen floats, where calling memcpy takes as long as the copy.
 inline void copy(const float* from, float* to, int64_t count) {
+    for (; count >= LANES; count -= LANES, from += LANES, to += LANES) *(Unaligned*)to = *(const Unaligned*)from;
+    if (count) store_some(to, load_some(from, count), count);
+}
+
+// `count` floats, then zeros: writes whole vectors, up to LANES - 1 zeros more than asked for.
+inline void copy_and_zero(const float* from, int64_t count, float* to, int64_t all) {
     int64_t i = 0;
     for (; i + LANES <= count; i += LANES) *(Unaligned*)(to + i) = *(const Unaligned*)(from + i);
-    if (i && i < count) {
-        i = count - LANES;
-        *(Unaligned*)(to + i) = *(const Unaligned*)(from + i);
-    } else {
-        for (; i < count; ++i) to[i] = from[i];
-    }
+    if (i < count) *(Unaligned*)(to + i) = load_some(from + i, count - i), i += LANES;
+    for (; i < all; i += LANES) *(Unaligned*)(to + i) = Vector{};
 }
 
 template <class T>
@@ -196,6 +239,7 @@ struct Plan {
     bool rows;                 // kernels split into rows
     int64_t lines, stripes;    // output lines of a stripe; how many stripes
     int64_t row, part, plane;  // length of a row; of a plane (4 of them for stride 2); of a channel
+    int64_t sums_row;          // of the sums of a stripe
     int64_t tile, channel_block, channel_blocks;
     Kernel kernel;
     std::vector<int32_t> filter, offset, weight_start, ends;
@@ -222,7 +266,9 @@ struct Plan {
         }
         tile = (int64_t)vectors * LANES;
         part = up(row * (lines + 2) + tile + 3 * LANES, LANES);
-        if (part % 256 == 0) part += LANES;  // planes must not meet in the same cache sets
+        sums_row = up(lines * row, tile);
+        for (int64_t* length : {&part, &sums_row})
+            if (*length % 256 == 0) *length += LANES;  // planes must not meet in the same cache sets
         plane = part * stride * stride;
     }
 
@@ -241,8 +287,7 @@ struct Plan {
             if (y < 0 || y >= height) {
                 for (int64_t p = 0; p < stride; ++p) std::memset(line + p * part, 0, row * sizeof(float));
             } else if (stride == 1) {
-                copy(x + y * width, line, width);
-                for (int64_t j = width; j < row; ++j) line[j] = 0;
+                copy_and_zero(x + y * width, width, line, row);  // lines are written in order: the next one goes over it
             } else {
                 const float* from = x + y * width;
                 float *even = line, *odd = line + part;  // columns of the padded row
@@ -302,10 +347,15 @@ struct Plan {
     }
 
     void run(const float* x, const float* bias, float* y, int64_t images, bool relu, int threads) const {
-        // groups of filters: sums must fit the second-level cache, and every thread must have something to do
-        int64_t groups = std::max<int64_t>(1, blocks * block * tile * 4 / SUMS_BYTES);
+        // groups of filters, whose sums must fit the second-level cache
+        int64_t groups = std::max<int64_t>(1, blocks * block * sums_row * 4 / SUMS_BYTES);
+        // and filters in shares where stripes alone leave a thread idle, though each share fills the stripe anew
         int64_t shares = 1;
-        while (images * stripes * shares < 2 * threads && threads > 1 && shares * 2 <= blocks) shares *= 2;
+        double least = 1e30;
+        for (int64_t s = 1; s <= std::min<int64_t>(blocks, threads > 1 ? 2 * threads : 1); ++s) {
+            const double cost = double((images * stripes * s + threads - 1) / threads) * (1.0 / double(s) + 0.1);
+            if (cost < least) least = cost, shares = s;
+        }
         groups = up(groups, shares);
         const int64_t group = (blocks + groups - 1) / groups;
 
@@ -313,23 +363,25 @@ struct Plan {
         {
             static thread_local Aligned<float> planes, local;
             planes.reserve_line(channels * plane);
-            local.reserve_line(group * block * tile);
+            local.reserve_line(group * block * sums_row);
             float *const in = planes.begin_line(), *const sums = local.begin_line();
 #pragma omp for schedule(dynamic)
             for (int64_t task = 0; task < images * stripes * shares; ++task) {
                 const int64_t image = task / (stripes * shares), line = task / shares % stripes * lines;
-                const int64_t count = std::min(lines, out_height - line), positions = count * row;
+                const int64_t count = std::min(lines, out_height - line);
                 for (int64_t c = 0; c < channels; ++c)
                     fill(x + (image * channels + c) * height * width, line, in + c * plane);
-                for (int64_t g = task % shares; g < groups; g += shares)
-                    for (int64_t q = 0; q < positions; q += tile) {
-                        const int64_t first = g * group, last = std::min(blocks, first + group);
-                        multiply_tile(in + q, bias, sums, first, last, relu);
-                        for (int64_t f = first * block; f < last * block; ++f)
-                            if (filter[f] >= 0)
-                                keep(sums + (f - first * block) * tile, q, std::min(positions, q + tile),
-                                     y + ((image * filters + filter[f]) * out_height + line) * out_width);
+                for (int64_t g = task % shares; g < groups; g += shares) {
+                    const int64_t first = g * group, last = std::min(blocks, first + group);
+                    for (int64_t q = 0; q < count * row; q += tile) multiply_tile(in + q, bias, sums + q, first, last, relu);
+                    // all lines of a filter at once: going back and forth between the pages of y costs more than sums
+                    for (int64_t f = first * block; f < last * block; ++f) {
+                        if (filter[f] < 0) continue;
+                        const float* from = sums + (f - first * block) * sums_row;
+                        float* to = y + ((image * filters + filter[f]) * out_height + line) * out_width;
+                        for (int64_t i = 0; i < count; ++i) copy(from + i * row, to + i * out_width, out_width);
                     }
+                }
             }
         }
     }
@@ -351,18 +403,11 @@ struct Plan {
                 run.offset = offset.data() + start[at];
                 run.weight = weight.data() + (int64_t)weight_start[at] * block;
                 run.end = rows ? &ends[at * SHAPES] : run.offset + ends[at];
-                run.sums = sums + (b - first) * block * tile;
-                run.row = tile;
+                run.sums = sums + (b - first) * block * sums_row;
+                run.row = sums_row;
                 run.bias = cb == 0 ? given : nullptr;
                 kernel(run);
             }
-    }
-
-    void keep(const float* sums, int64_t q, int64_t end, float* y) const {  // positions q..end, without the padding
-        for (int64_t line = q / row; line * row < end; ++line) {
-            const int64_t begin = std::max(q, line * row), stop = std::min(end, line * row + out_width);
-            if (begin < stop) copy(sums + begin - q, y + line * out_width + begin - line * row, stop - begin);
-        }
     }
 };
 

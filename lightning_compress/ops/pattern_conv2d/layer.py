@@ -107,7 +107,11 @@ class PatternConv2d(nn.Module):
         )
 
     def _forward_sparse(self, x: Tensor) -> Tensor:
-        return pattern_conv2d(x, *self.weights, self.bias, self.out_channels, self.stride, self.relu)
+        own = self._buffers  # `self.taps` and the like would take as long as a small layer's first lines
+        return pattern_conv2d(
+            x, own["taps"], own["bounds"], own["weight"], own["filters"], own["bias"],  # type: ignore[arg-type]
+            self.out_channels, self.stride, self.relu,
+        )  # fmt: skip
 
     def _forward_dense(self, x: Tensor) -> Tensor:
         if self._dense is None or self._dense.device != x.device or self._dense.dtype != x.dtype:

@@ -85,7 +85,6 @@ def dense_weight(
     return out.view(out_channels, in_channels, 3, 3)
 
 
-@torch.library.custom_op("lightning_compress::pattern_conv2d", mutates_args=())
 def pattern_conv2d(
     x: Tensor,
     taps: Tensor,
@@ -100,7 +99,8 @@ def pattern_conv2d(
     """Convolve with the weights that are there; kernel 3x3, padding 1. Without gradients.
 
     On the CPU, float32 runs compiled code, which is made at the first call, where there is a compiler; on CUDA it runs
-    Triton, where that is installed. Everything else becomes a dense convolution.
+    Triton, where that is installed. Everything else becomes a dense convolution. To `torch.compile` and
+    `torch.export` it is one operator, ``lightning_compress::pattern_conv2d``.
 
     Args:
         x: (N, C_in, H, W).
@@ -113,7 +113,7 @@ def pattern_conv2d(
     Returns:
         (N, C_out, ceil(H / stride), ceil(W / stride)).
     """
-    return _reference(x, taps, bounds, weight, filters, bias, out_channels, stride, relu)
+    return _operator(x, taps, bounds, weight, filters, bias, out_channels, stride, relu)
 
 
 def _reference(
@@ -125,8 +125,7 @@ def _reference(
     return y.relu_() if relu else y
 
 
-@pattern_conv2d.register_fake
-def _(
+def _shape_only(
     x: Tensor, taps: Tensor, bounds: Tensor, weight: Tensor, filters: Tensor, bias: Tensor | None,
     out_channels: int, stride: int, relu: bool,
 ) -> Tensor:  # fmt: skip
@@ -134,8 +133,7 @@ def _(
     return x.new_empty(x.shape[0], out_channels, height, width)
 
 
-@pattern_conv2d.register_kernel("cpu")
-def _(
+def _on_cpu(
     x: Tensor, taps: Tensor, bounds: Tensor, weight: Tensor, filters: Tensor, bias: Tensor | None,
     out_channels: int, stride: int, relu: bool,
 ) -> Tensor:  # fmt: skip
@@ -146,8 +144,7 @@ def _(
     return run_compiled(compiled, x, NonZeros(taps, bounds, weight, filters), bias, out_channels, stride, relu)
 
 
-@pattern_conv2d.register_kernel("cuda")
-def _(
+def _on_cuda(
     x: Tensor, taps: Tensor, bounds: Tensor, weight: Tensor, filters: Tensor, bias: Tensor | None,
     out_channels: int, stride: int, relu: bool,
 ) -> Tensor:  # fmt: skip
@@ -157,6 +154,18 @@ def _(
     from lightning_compress.ops.pattern_conv2d.gpu import run_triton
 
     return run_triton(*arguments)
+
+
+# Not by `torch.library.custom_op`, whose wrappers take longer than the rest of the way to the kernel.
+_library = torch.library.Library("lightning_compress", "FRAGMENT")
+_library.define(
+    "pattern_conv2d(Tensor x, Tensor taps, Tensor bounds, Tensor weight, Tensor filters, Tensor? bias, "
+    "SymInt out_channels, SymInt stride, bool relu) -> Tensor"
+)
+for _kernel, _device in ((_reference, "CompositeExplicitAutograd"), (_on_cpu, "CPU"), (_on_cuda, "CUDA")):
+    _library.impl("pattern_conv2d", _kernel, _device)
+torch.library.register_fake("lightning_compress::pattern_conv2d", _shape_only, lib=_library)
+_operator = torch.ops.lightning_compress.pattern_conv2d.default
 
 
 @cache
