@@ -12,7 +12,7 @@ Accuracies are of the first test images (`--test-batches` of 128), so half a per
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from _alternate import machine
@@ -30,23 +30,26 @@ class PlainSigns(RBNN):
             quantizer.rotate.data.zero_()
 
 
+METHODS: dict[str, Callable[[], Callback]] = {
+    "signs": lambda: PlainSigns(t_max=1.0),
+    "RBNN": lambda: RBNN(t_max=1.0),
+    "RBNN-through-rotation": lambda: RBNN(t_max=1.0, grad_through_rotation=True),
+    "SiMaN": SiMaN,
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     for name, default in vars(Budget()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     given = vars(parser.parse_args(arguments))
     budget = Budget(**{name: given[name] for name in vars(Budget())})
     print(machine(), budget)
-    methods: dict[str, Callback] = {
-        "signs of the weights": PlainSigns(t_max=1.0),
-        "RBNN": RBNN(t_max=1.0),
-        "RBNN, gradient through the rotation": RBNN(t_max=1.0, grad_through_rotation=True),
-        "SiMaN": SiMaN(),
-    }
-    for name, method in methods.items():
-        before, after, account = run(budget, method, 0)
+    for name in given["methods"]:
+        before, after, account = run(budget, METHODS[name](), 0)
         smaller = account.before.bytes / account.after.bytes
-        print(f"{name:36} {before:.2%} -> {after:.2%}, {smaller:.1f} times fewer bytes", flush=True)
+        print(f"{name:24} {before:.2%} -> {after:.2%}, {smaller:.1f} times fewer bytes", flush=True)
 
 
 if __name__ == "__main__":

@@ -65,9 +65,9 @@ def accuracy(setting: str, seed: int, budget: argparse.Namespace, cache: str) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--images", type=int, default=1500)
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--test-images", type=int, default=2000)
+    parser.add_argument("--test-images", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--settings", nargs="*", default=["no teacher", "logits"], choices=list(LOSSES))
     budget = parser.parse_args()

@@ -1,6 +1,6 @@
 """EDSR's baseline after a short training on real photographs, against bicubic interpolation.
 
-    LC_DATA=~/data python benchmarks/short_super_resolution.py --scale 4 --steps 1200 --output edsr_x4.pt
+    LC_DATA=~/data python benchmarks/short_super_resolution.py --scale 4 --output edsr_x4.pt
 
 Trains on the folders BSDS500-train and T91 in ``$LC_DATA/super-resolution`` with one cycle of the learning rate, in
 bfloat16, and tests on Set5 and Set14: PSNR and SSIM of the luminance. The paper takes 300,000 steps on DIV2K. The file
@@ -60,7 +60,7 @@ def test(name: str, module: SuperResolution, data: SuperResolutionFolder) -> Non
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--patch-size", type=int, default=96)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=5e-4)

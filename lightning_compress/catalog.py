@@ -292,9 +292,9 @@ _PATTERN_PRUNING = (
 )
 
 # LSQ; MACs and parameters by our own count.
-_QAT = _rows("qat", "ResNet-18", "ImageNet", *(
-    (f"{bits}/{bits}", top1, 1814.073344, 11.689512, f"{bits}bit") for bits, top1 in ((2, 67.6), (3, 70.2), (4, 71.1), (8, 71.1))
-))
+_QAT = _rows("qat", "ResNet-18", "ImageNet",
+             *((f"{bits}/{bits}", top1, 1814.073344, 11.689512, f"{bits}bit")
+               for bits, top1 in ((2, 67.6), (3, 70.2), (4, 71.1), (8, 71.1))))
 # Accuracies of single networks could not be confirmed; MACs and parameters by our own count.
 _LTS = _rows("lts", "MobileNet-V2", "ImageNet", ("2/2", None, 300.774272, 3.504872, "2bit"))
 

@@ -279,9 +279,10 @@ def _rounds_alike(
     if not share <= (_UNRELATED if lossy else _ROUNDING + 3 * _relative_rms(shaken, expected)):
         return False
     if share > _ROUNDING:
+        kind, remedy = ("the calibration", ", or export without calibration") if lossy else ("random", "")
         rank_zero_warn(
-            f"{path}: 8 bits tell on the outputs, which differ by {share:.0%} of their size (root mean square)."
-            f" Look at the file's accuracy{', or export without calibration' if lossy else ''}."
+            f"{path}: 8 bits tell. On {kind} input the outputs differ by {share:.0%} of their size (root mean square)."
+            f" Look at the file's accuracy{remedy}."
         )
     return True
 

@@ -45,7 +45,7 @@ class TracedWeight(nn.Module):
         scale = weight.scale.detach().to("cpu", torch.float32)
         self.register_buffer("scale", scale.expand(len(self.codes)).clone())
 
-    def forward(self, weight: Tensor) -> Tensor:
+    def forward(self, weight: None) -> Tensor:
         return _symbol(WEIGHT, (self.codes, self.scale), {}, self.codes.shape)
 
 
@@ -64,8 +64,8 @@ def traced_with_integers(module: nn.Module, clone: nn.Module) -> nn.Module:
     """
     weights = {
         name.replace("_orig_mod.", ""): weight
-        for name, layer in module.named_modules()
-        if (weight := integer_weight(layer)) is not None
+        for name, submodule in module.named_modules()
+        if (weight := integer_weight(submodule)) is not None
     }
     if not weights:
         raise MisconfigurationException(
@@ -77,7 +77,9 @@ def traced_with_integers(module: nn.Module, clone: nn.Module) -> nn.Module:
         if weight.codes.amin() < -128 or weight.codes.amax() > 127:
             rank_zero_info(f"The weight of {name} stays in floating point: its codes do not fit 8 bits.")
             continue
-        parametrise(traced.get_submodule(name), "weight", TracedWeight(weight))
+        layer: Any = traced.get_submodule(name)
+        parametrise(layer, "weight", TracedWeight(weight))
+        layer.parametrizations["weight"].original = None  # nothing reads it
     for parent in list(traced.modules()):
         for name, child in list(parent.named_children()):
             spec = _codes_of(child)

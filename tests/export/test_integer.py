@@ -164,7 +164,7 @@ class Chain(nn.Module):
         return self.fc2(x)
 
 
-@pytest.mark.parametrize(("kind", "bits"), [("interval", 2), ("interval", 4), ("lsq", 4), ("lsq", 8), ("interval", 8)])
+@pytest.mark.parametrize(("kind", "bits"), [("interval", 2), ("lsq", 4), ("lsq", 8), ("interval", 8)])
 def test_codes_are_those_of_the_network_or_their_neighbours(tmp_path, kind, bits):
     x = torch.randn(32, 3, 16, 16)
     network = quantized(lively(Chain(), x), x, bits, kind)
@@ -285,7 +285,7 @@ def test_calibration_of_a_network_with_a_fixed_batch(tmp_path, monkeypatch):
     x = torch.randn(7, 3, 8, 8)
     network = quantized(Fixed(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), x[:2])
     monkeypatch.setattr("lightning_compress.export._ROUNDING", 0.0)
-    with pytest.warns(UserWarning, match=r"8 bits tell on the outputs, .* or export without calibration"):
+    with pytest.warns(UserWarning, match=r"8 bits tell. On the calibration .* or export without calibration"):
         exported = export(network, tmp_path / "net", x[:2], format="int8", calibration=[x])
     assert not exported.dynamic_batch
 
@@ -311,12 +311,11 @@ def test_weights_alone_and_calibrated_inputs(tmp_path):
     assert ops["QLinearAdd"] == 1  # the other ends in floating point, before the mean
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_pams_with_integer_block_inputs(tmp_path, bits):
+def test_pams_with_integer_block_inputs(tmp_path):
     """pams: two quantised convolutions and a sum of two quantised tensors in each block; the PSNR stays."""
     network = EDSR(scale=2, blocks=2, features=8)
     placement = place(network, quantize_block_input=True)
-    quantize(network, **placement.arguments(), weight_bits=bits, activation_bits=bits, measuring={})
+    quantize(network, **placement.arguments(), weight_bits=4, activation_bits=4, measuring={})
     x = F.interpolate(torch.rand(6, 3, 6, 6), scale_factor=4, mode="bicubic").clamp(0, 1) * 255
     with torch.no_grad():
         network.train()(x)
@@ -392,36 +391,33 @@ def test_accuracy_on_cifar10(tmp_path, bits):
     assert all(abs(share - rounded) <= 0.01 for share in files)
 
 
-def test_a_constant_that_is_not_per_channel_is_not_folded(tmp_path):
-    class Bumped(nn.Sequential):
-        def forward(self, x):
-            return self[1](self[0](x) + torch.linspace(-1, 1, 6))  # along the width
+class Awkward(nn.Module):
+    """A quantiser behind a quantiser with a pooling between, a real weight, a summand that is not of channels."""
 
-    x = torch.randn(8, 3, 8, 8)
-    network = quantized(Bumped(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3)), x)
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3)
+        self.rounded = Rounded()
+        self.conv2 = nn.Conv2d(4, 4, 3, padding=1)
+        self.conv3 = nn.Conv2d(4, 4, 3, padding=1)
+        self.conv4 = nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        x = F.max_pool2d(self.rounded(self.conv1(x)), 2)
+        x = (self.conv2(x) + torch.linspace(-1, 1, 3)).relu()
+        return self.conv4(self.conv3(x).relu())
+
+
+def test_what_cannot_be_moved_stays(tmp_path):
+    x = torch.randn(32, 3, 8, 8)
+    network = quantized(Awkward(), x)
+    parametrize.remove_parametrizations(network.conv3, "weight", leave_parametrized=False)
     path = export(network, tmp_path / "net", x[:1], format="int8").path
-    (_, found), (_, expected) = codes_in_file(path, x), codes_in_network(network, x)
-    assert (found - expected).abs().max() <= 1
-
-
-def test_real_weights_behind_a_quantiser_stay_real(tmp_path):
-    """ONNX Runtime rounds weights that it sees between codes."""
-    x = torch.randn(8, 3, 8, 8)
-    network = quantized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), x)
-    parametrize.remove_parametrizations(network[0], "weight", leave_parametrized=False)
-    network[0].weight.data[0] *= 1e-3  # would all become zero with a range for the whole tensor
-    path = export(network, tmp_path / "net", x[:1], format="int8").path
-    (_, found), (_, expected) = codes_in_file(path, x), codes_in_network(network, x)
-    assert (found != expected).float().mean() < 0.001
-
-
-def test_two_quantisers_around_a_pooling(tmp_path):
-    x = torch.randn(8, 3, 8, 8)
-    network = quantized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3)), x, 4)
-    network.insert(1, Rounded())
-    path = export(network, tmp_path / "net", x[:1], format="int8").path
-    with torch.no_grad():
-        assert (run(path, x) - network(x)).abs().max() < 0.01
+    image, _, pooled, *others = codes_in_file(path, x)
+    found = [image, F.max_pool2d(pooled.float(), 2).int(), *others]
+    for file, eager in zip(found, codes_in_network(network, x, found), strict=True):
+        assert (file - eager).abs().max() <= 1
+        assert (file != eager).float().mean() < 0.01  # a quarter, if ONNX Runtime rounds the real weight to 8 bits
 
 
 def test_output_that_a_quantiser_gives(tmp_path):

@@ -52,7 +52,7 @@ from lightning_compress.core.losses import LossTerm, add_loss_term
 from lightning_compress.core.optimizers import own_group
 from lightning_compress.core.report import close_account, open_account
 from lightning_compress.core.select import did_you_mean
-from lightning_compress.core.surgery import attach_record, change_in_setup, check_epoch, resume_in_setup
+from lightning_compress.core.surgery import attach_record, change_in_setup, check_epoch, resume_in_setup, undo_changes
 
 
 @dataclass
@@ -201,10 +201,7 @@ class KnowledgeDistillation(Callback):
         if type(pl_module).forward is not LightningModule.forward:  # the account measures calls of the whole
             open_account(trainer, pl_module)
         resumes = self._learns and resume_in_setup(trainer, pl_module, by=self.state_key)
-        connectors = self._rehearse(trainer, pl_module)
-        if connectors and not resumes and not hasattr(pl_module, CONNECTORS):
-            arguments = {"name": CONNECTORS, "connectors": connectors}
-            change_in_setup(trainer, pl_module, connect, arguments, by=self.state_key)
+        self._connect(trainer, pl_module, self._rehearse(trainer, pl_module), resumes)
         assert self._teachers is not None
         self._asked = self._teachers
         if self.cache is not None:
@@ -287,7 +284,10 @@ class KnowledgeDistillation(Callback):
             student, teacher = self._lesson.student, self._lesson.teacher
             if student is not None and teacher is not None:
                 agree = (student.argmax(1) == teacher.argmax(1)).float().mean()
-                pl_module.log("kd/agreement", agree, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
+                pl_module.log(
+                    "kd/agreement", agree, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True,
+                    batch_size=len(student),
+                )  # fmt: skip
         if self._lesson is None:
             raise MisconfigurationException(
                 f"KnowledgeDistillation(network={self.network!r}): the training step of {type(pl_module).__name__} "
@@ -358,7 +358,7 @@ class KnowledgeDistillation(Callback):
                 teacher,
                 weights,
                 like=networks(pl_module, self.network)[-1],
-                num_classes=10 if heard.logits is None else heard.logits.shape[1],
+                num_classes=None if heard.logits is None else heard.logits.shape[1],
                 channels=3 if images is None else images.shape[1],
                 channels_last=self.channels_last,
             )
@@ -376,6 +376,25 @@ class KnowledgeDistillation(Callback):
                 if term in LEARNT:
                     needed[f"{term}_{index}"] = connector(term, student, teacher, self.contrast_dim)
         return needed
+
+    def _connect(
+        self, trainer: Trainer, pl_module: LightningModule, needed: dict[str, tuple[Any, ...]], resumes: bool
+    ) -> None:
+        """Attach what is needed, unless it is there: from a checkpoint, or from an earlier fit."""
+        old = [s for s in attach_record(pl_module).steps if s.get("arguments", {}).get("name") == CONNECTORS]
+        held = {key: tuple(given) for step in old for key, given in step["arguments"]["connectors"].items()}
+        if held == needed:
+            return
+        if resumes:
+            raise MisconfigurationException(
+                f"KnowledgeDistillation: the checkpoint has connectors {held}, and this teacher needs {needed}. Resume "
+                f"with the teacher, features and contrast_dim of the run that wrote it."
+            )
+        for step in old:
+            undo_changes(pl_module, by=step["by"])
+        if needed:
+            arguments = {"name": CONNECTORS, "connectors": needed}
+            change_in_setup(trainer, pl_module, connect, arguments, by=self.state_key)
 
     def _detach(self) -> None:
         if self._student is not None:

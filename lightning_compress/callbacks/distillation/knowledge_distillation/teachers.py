@@ -76,7 +76,7 @@ class Teachers:
             raise MisconfigurationException(
                 f"teacher: {type(teacher.network).__name__} returns no logits (B, K), but {shapes(output)}."
             )
-        return logits
+        return logits.clone() if logits.is_inference() else logits  # in a container that nobody looks into
 
 
 class CachedTeachers:
@@ -143,7 +143,7 @@ def make_teacher(
     weights: str | None,
     *,
     like: nn.Module,
-    num_classes: int,
+    num_classes: int | None,
     channels: int,
     channels_last: bool = False,
 ) -> Teacher:
@@ -155,7 +155,7 @@ def make_teacher(
         weights: a file for a teacher that is a module or a name. A torchvision or timm name without one comes with the
             library's weights, which are downloaded.
         like: the student's network.
-        num_classes: of the student, for a network built by name.
+        num_classes: of the student, for a network built by name; None takes the builder's.
         channels: of its images.
         channels_last: see `Teacher`.
 
@@ -175,12 +175,12 @@ def make_teacher(
     return Teacher(network, weights or "", channels_last=channels_last)
 
 
-def _from_name(name: str, weights: str | None, num_classes: int, channels: int) -> nn.Module:
+def _from_name(name: str, weights: str | None, num_classes: int | None, channels: int) -> nn.Module:
     from lightning_compress.networks.find import OWN, build, build_classifier
 
     try:
         if weights:
-            return build_classifier(name, num_classes, channels)
+            return build_classifier(name, num_classes, channels) if num_classes else build(name)
         if name in OWN:
             raise ValueError(f"{name!r} comes without weights. Give a file of them as teacher_weights.")
         # with the library's own head: another number of classes would be a fresh one, which knows nothing
