@@ -56,16 +56,18 @@ class Teachers:
 
     def identity(self, *more: Any) -> str:
         """What answers depend on, besides what is asked."""
-        parts = ([(t.sha256, t.channels_last) for t in self.all], self.points, self.need_logits, *more)
+        teachers = [(t.sha256, repr(t.network), t.channels_last) for t in self.all]
+        parts = (teachers, self.points, self.need_logits, *more)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def costs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """What they compute, for the account of the student."""
         lines = []
         for teacher in self.all:
-            cost = count(teacher.network, kwargs or args)
             source = f" ({teacher.source})" if teacher.source else ""
-            size = f"{human(cost.macs)} MACs and {human(cost.params)} parameters"
+            size = f"{human(sum(p.numel() for p in teacher.network.parameters()))} parameters"
+            if not (args and kwargs):  # the count takes either
+                size = f"{human(count(teacher.network, kwargs or args).macs)} MACs and {size}"
             lines.append(f"{type(teacher.network).__name__}{source}, {size}")
         return f"Teacher: {'; '.join(lines)}."
 
