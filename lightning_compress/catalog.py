@@ -298,8 +298,8 @@ _QAT = _rows("qat", "ResNet-18", "ImageNet",
 # Accuracies of single networks could not be confirmed; MACs and parameters by our own count.
 _LTS = _rows("lts", "MobileNet-V2", "ImageNet", ("2/2", None, 300.774272, 3.504872, "2bit"))
 
-# MACs and parameters are those of the network. What is told of ResNet-18 with 3 bits (about 69.6 %) and ResNet-50 with 4
-# (about 76.3 %) could not be confirmed.
+# MACs and parameters are those of the network. What is told of ResNet-18 with 3 bits (about 69.6 %) and of ResNet-50
+# with 4 (about 76.3 %) could not be confirmed.
 _DGMS = _rows("dgms", "ResNet-18", "ImageNet", ("4/32", 70.29, 1814.073344, 11.689512, "4bit"))
 
 # MACs and parameters that are not zero, by our own count; the paper prints none. Stem and classifier are dense.
@@ -354,8 +354,8 @@ _PAMS = tuple(
     )
 )
 
-# One bit for weights and activations. MACs: real ones, and 64 of bits as one, as the paper counts; bits: of convolutions
-# and linear layers.
+# One bit for weights and activations. MACs: real ones, and 64 of bits as one, as the paper counts; bits: of
+# convolutions and linear layers.
 _RBNN = tuple(
     Row(network, data, setting, {"top1": top1, **top5, "macs": macs, "bits": bits}, f"recipes/rbnn/{config}")
     for network, data, setting, top1, top5, macs, bits, config in (

@@ -12,8 +12,8 @@ from lightning_compress.callbacks.pruning.random_channels import RandomChannels
 from lightning_compress.callbacks.pruning.ssr import SSR
 from lightning_compress.callbacks.pruning.white_box import WhiteBox
 from lightning_compress.callbacks.quantization.dgms import DGMS
-from lightning_compress.callbacks.quantization.pams import PAMS
 from lightning_compress.callbacks.quantization.lts import LTS
+from lightning_compress.callbacks.quantization.pams import PAMS
 from lightning_compress.callbacks.quantization.qat import QAT
 from lightning_compress.callbacks.quantization.rbnn import RBNN
 from lightning_compress.callbacks.quantization.siman import SiMaN
@@ -43,8 +43,8 @@ __all__ = [
     "ExportCompressed",
     "FilterSketch",
     "HRank",
-    "L1Norm",
     "KnowledgeDistillation",
+    "L1Norm",
     "LotteryJackpots",
     "MagnitudePruning",
     "PatternPruning",
