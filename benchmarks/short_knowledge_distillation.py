@@ -42,11 +42,11 @@ def accuracy(setting: str, seed: int, budget: argparse.Namespace, cache: str) ->
         str(DATA), val_size=0, augment=False, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
     ).splits  # fmt: skip
     order = torch.Generator().manual_seed(seed)
-    train = DataLoader(Subset(images.train, range(budget.images)), 64, shuffle=True, drop_last=True, generator=order)
+    train = DataLoader(Subset(images.train, range(budget.images)), budget.batch, shuffle=True, generator=order)
     test = DataLoader(Subset(images.test, range(budget.test_images)), 250)
     module = ImageClassifier(
         "resnet20",
-        optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=5e-4),
+        optimizer=partial(torch.optim.SGD, lr=budget.lr, momentum=0.9, weight_decay=5e-4),
         lr_scheduler=partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=budget.epochs * len(train)),
         lr_scheduler_interval="step",
     )
@@ -67,11 +67,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--images", type=int, default=1500)
     parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--test-images", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--settings", nargs="*", default=["no teacher", "logits"], choices=list(LOSSES))
     budget = parser.parse_args()
-    print(f"{machine()}; {budget.images} images, {budget.epochs} epochs")
+    print(f"{machine()}; {budget.images} images, {budget.epochs} epochs of batches of {budget.batch}, lr {budget.lr}")
     with tempfile.TemporaryDirectory() as cache:
         for setting in budget.settings:
             begin = time.perf_counter()

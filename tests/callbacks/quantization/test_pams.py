@@ -23,13 +23,13 @@ from lightning_compress.callbacks.quantization.pams import (
     MaxScaleWeight,
     OnGrid,
     PAMSQuantizer,
-    energy_map,
     place,
     quantize,
     structured_transfer,
 )
 from lightning_compress.callbacks.quantization.pams.quantizers import levels
 from lightning_compress.catalog import card
+from lightning_compress.core.distill.losses import attention_map
 from lightning_compress.core.inference_copy import inference_copy
 from lightning_compress.core.profile import profile
 from lightning_compress.core.quant.attach import input_quantizer, quantized_layers, weight_quantizer
@@ -253,8 +253,8 @@ def test_state_comes_back():
 def test_transfer_compares_where_features_are_strong():
     torch.manual_seed(0)
     f, g = torch.randn(3, 5, 4, 6), torch.randn(3, 7, 4, 6)
-    assert energy_map(f).shape == (3, 24)
-    torch.testing.assert_close(energy_map(f).norm(dim=1), torch.ones(3))
+    assert attention_map(f).shape == (3, 24)
+    torch.testing.assert_close(attention_map(f).norm(dim=1), torch.ones(3))
     for factor in (0.1, -3.0, 100.0):
         assert structured_transfer(f, factor * f).item() < 1e-12
     assert structured_transfer(f, f) == 0
@@ -273,7 +273,7 @@ def test_the_transfer_of_features_that_share_no_place_is_largest():
 def test_the_transfer_does_not_overflow_in_half_precision():
     features = torch.full((1, 4, 3, 3), 300.0, dtype=torch.float16)
     assert structured_transfer(features, features.roll(1)).isfinite()
-    assert energy_map(torch.zeros(1, 2, 3, 3)).isfinite().all()
+    assert attention_map(torch.zeros(1, 2, 3, 3)).isfinite().all()
 
 
 # ---- the networks of the paper

@@ -23,7 +23,7 @@ front of the upsampler are strong in the one, they are to be strong in the other
 from lightning_compress.callbacks.quantization.pams.callback import PAMS
 from lightning_compress.callbacks.quantization.pams.placement import Placement, place, quantize
 from lightning_compress.callbacks.quantization.pams.quantizers import MaxScaleWeight, OnGrid, PAMSQuantizer
-from lightning_compress.callbacks.quantization.pams.transfer import energy_map, structured_transfer
+from lightning_compress.callbacks.quantization.pams.transfer import structured_transfer
 
 __all__ = [
     "PAMS",
@@ -31,7 +31,6 @@ __all__ = [
     "OnGrid",
     "PAMSQuantizer",
     "Placement",
-    "energy_map",
     "place",
     "quantize",
     "structured_transfer",
