@@ -21,7 +21,7 @@ UNION = """Parser key "{key}":
     [
         (
             UNION.format(key="trainer.callbacks", error="Expected a dot import path string: HRnk", value="HRnk"),
-            "trainer.callbacks: there is no class 'HRnk'. Did you mean 'HRank'?",
+            "trainer.callbacks: there is no class 'HRnk'. Did you mean 'HRank' or 'RBNN'?",
         ),
         (
             UNION.format(

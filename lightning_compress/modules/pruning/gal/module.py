@@ -35,6 +35,7 @@ from lightning_compress.core.surgery import (
     shrink_in_fit,
     undo_changes,
 )
+from lightning_compress.core.weights import load_weights
 from lightning_compress.modules.image_classifier import ImageClassifier
 from lightning_compress.modules.pruning.gal.adversary import (
     Regularizer,
@@ -464,9 +465,10 @@ class GAL(LossTermsMixin, ImageClassifier):
         given = vars(self)["_teacher_given"]
         teacher = copy.deepcopy(self.network) if given is None else given
         if self._teacher_path is not None:
-            from lightning_compress.networks.find import load_weights
-
-            load_weights(teacher, self._teacher_path)
+            try:
+                load_weights(teacher, self._teacher_path)
+            except ValueError as error:
+                raise ValueError(f"teacher: {error}") from error
         return teacher.requires_grad_(False).to(self.device)
 
     def _reloadable(self) -> bool:
