@@ -252,3 +252,25 @@ class ChannelPruning(Callback):
             mine = [tuple(p.shape) for p in pl_module.parameters()]
             if trainer.strategy.broadcast(mine) != mine:
                 raise RuntimeError(f"{type(self).__name__}: rank {trainer.global_rank} has other shapes than rank 0.")
+
+
+def refuse_later_pruning(trainer: Trainer, callback: Callback, why: str, advice: str = "") -> None:
+    """For the `setup` of a method that brings what has the width of the layers it finds: channels must go before.
+
+    Args:
+        callback: the method's.
+        why: what does not fit fewer channels.
+        advice: another way out.
+
+    Raises:
+        MisconfigurationException: the Trainer has a `ChannelPruning` that prunes in mid-fit, or is listed later.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    own = type(callback).__name__
+    for position, other in enumerate(callbacks):
+        late = getattr(other, "start_epoch", 1) > 0 or position > callbacks.index(callback)
+        if isinstance(other, ChannelPruning) and late:
+            name = type(other).__name__
+            raise MisconfigurationException(
+                f"{own} and {name}: {why}. Let {name} prune before, with start_epoch=0 and listed before {own}{advice}."
+            )

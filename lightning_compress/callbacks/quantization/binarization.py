@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_compress.callbacks.pruning.channel_pruning import ChannelPruning
+from lightning_compress.callbacks.pruning.channel_pruning import refuse_later_pruning
 from lightning_compress.core.example_input import find_example_input
 from lightning_compress.core.measurement import LayerCost, disk_bytes, time_in_turns
 from lightning_compress.core.optimizers import check_held, check_optimizers
@@ -165,20 +165,13 @@ class Binarization(Callback):
             raise MisconfigurationException(
                 f"{self._name} trains weights in float32; precision={trainer.precision!r} has none. Take {mixed!r}."
             )
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for position, callback in enumerate(callbacks):
+        refuse_later_pruning(trainer, self, "channels cannot go from a layer of one-bit weights")
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
             name = type(callback).__name__
             if isinstance(callback, WeightAveraging) and getattr(callback, "_use_buffers", False):
                 raise MisconfigurationException(
                     f"{self._name} and {name}: what {self._name} keeps in buffers has no average. Give {name} "
                     f"use_buffers=False."
-                )
-            if isinstance(callback, ChannelPruning) and (
-                getattr(callback, "start_epoch", 1) > 0 or position > callbacks.index(self)
-            ):
-                raise MisconfigurationException(
-                    f"{self._name} and {name}: channels cannot go from a layer of one-bit weights. Let {name} prune "
-                    f"before, with start_epoch=0 and listed before {self._name}."
                 )
             if type(callback).__module__.startswith("lightning_compress.callbacks.sparsity"):
                 raise MisconfigurationException(

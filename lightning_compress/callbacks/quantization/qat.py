@@ -26,7 +26,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from rich.progress import track
 from torch import Tensor, nn
 
-from lightning_compress.callbacks.pruning.channel_pruning import ChannelPruning
+from lightning_compress.callbacks.pruning.channel_pruning import refuse_later_pruning
 from lightning_compress.core.calibration import on_device, training_inputs
 from lightning_compress.core.example_input import find_example_input
 from lightning_compress.core.meta import evaluating
@@ -314,15 +314,7 @@ class QAT(Callback):
             raise MisconfigurationException(
                 f"QAT learns ranges, which need float32; precision={trainer.precision!r} has none. Take {mixed!r}."
             )
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for position, callback in enumerate(callbacks):
-            cuts = isinstance(callback, ChannelPruning)
-            if cuts and (getattr(callback, "start_epoch", 1) > 0 or position > callbacks.index(self)):
-                name = type(callback).__name__
-                raise MisconfigurationException(
-                    f"QAT and {name}: ranges that were found for some channels do not fit fewer. Let {name} prune "
-                    f"before, with start_epoch=0 and listed before QAT."
-                )
+        refuse_later_pruning(trainer, self, "ranges that were found for some channels do not fit fewer")
 
 
 def _stored_bytes(layer: Any) -> int:

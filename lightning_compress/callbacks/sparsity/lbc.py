@@ -30,7 +30,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_compress.callbacks.pruning.channel_pruning import ChannelPruning
+from lightning_compress.callbacks.pruning.channel_pruning import refuse_later_pruning
 from lightning_compress.core.optimizers import check_held, check_optimizers, own_group
 from lightning_compress.core.report import close_account, open_account
 from lightning_compress.core.sparse.fixed_masks import FixedMasks
@@ -400,12 +400,4 @@ class LBC(Callback):
             )
         check_trainer(trainer, "LBC", in_fit=True)
         check_precision(trainer, "LBC")
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for position, callback in enumerate(callbacks):
-            cuts = isinstance(callback, ChannelPruning)
-            if cuts and (getattr(callback, "start_epoch", 1) > 0 or position > callbacks.index(self)):
-                name = type(callback).__name__
-                raise MisconfigurationException(
-                    f"LBC and {name}: removing channels would tear groups of {self.m} inputs apart. Let {name} prune "
-                    f"before, with start_epoch=0 and listed before LBC."
-                )
+        refuse_later_pruning(trainer, self, f"removing channels would tear groups of {self.m} inputs apart")

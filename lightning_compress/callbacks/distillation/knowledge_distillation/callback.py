@@ -41,7 +41,7 @@ from lightning_compress.callbacks.distillation.knowledge_distillation.terms impo
     connector,
     pairs_of,
 )
-from lightning_compress.callbacks.pruning.channel_pruning import ChannelPruning
+from lightning_compress.callbacks.pruning.channel_pruning import refuse_later_pruning
 from lightning_compress.core.batches import targets_of
 from lightning_compress.core.distill.cache import TeacherCache
 from lightning_compress.core.distill.connectors import connect
@@ -413,15 +413,10 @@ class KnowledgeDistillation(Callback):
             raise MisconfigurationException(
                 "There are two KnowledgeDistillation in one Trainer. Give one of them all teachers and losses."
             )
-        for callback in callbacks if self._learns else ():
-            late = getattr(callback, "start_epoch", 1) > 0 or callbacks.index(callback) > callbacks.index(self)
-            if isinstance(callback, ChannelPruning) and late:
-                name, term = type(callback).__name__, next(t for t in self.losses if t in LEARNT)
-                raise MisconfigurationException(
-                    f"KnowledgeDistillation and {name}: what {term!r} learns has the width of the student's features. "
-                    f"Let {name} prune before, with start_epoch=0 and listed before KnowledgeDistillation, or take "
-                    f"losses that learn nothing."
-                )
+        if self._learns:
+            term = next(t for t in self.losses if t in LEARNT)
+            why = f"what {term!r} learns has the width of the student's features"
+            refuse_later_pruning(trainer, self, why, ", or take losses that learn nothing")
 
 
 def _check_losses(losses: Mapping[str, float], task_weight: float) -> None:

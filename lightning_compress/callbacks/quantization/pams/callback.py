@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_compress.callbacks.pruning.channel_pruning import ChannelPruning
+from lightning_compress.callbacks.pruning.channel_pruning import refuse_later_pruning
 from lightning_compress.callbacks.quantization.pams.placement import Placement, place, quantize, without_quantizers
 from lightning_compress.callbacks.quantization.pams.quantizers import PAMSQuantizer
 from lightning_compress.callbacks.quantization.pams.transfer import structured_transfer
@@ -364,12 +364,4 @@ class PAMS(Callback):
                 f"PAMS(ema_epoch={ema_epoch}): ranges are measured until the fit ends after "
                 f"max_epochs={trainer.max_epochs}, and never learnt."
             )
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for position, callback in enumerate(callbacks):
-            cuts = isinstance(callback, ChannelPruning)
-            if cuts and (getattr(callback, "start_epoch", 1) > 0 or position > callbacks.index(self)):
-                name = type(callback).__name__
-                raise MisconfigurationException(
-                    f"PAMS and {name}: ranges are those of the channels that are there. Let {name} prune before, with "
-                    f"start_epoch=0 and listed before PAMS."
-                )
+        refuse_later_pruning(trainer, self, "ranges are those of the channels that are there")
