@@ -47,6 +47,23 @@ def check_held(trainer: Trainer, parameters: Mapping[str, Tensor], by: str) -> N
         )
 
 
+def check_precision(trainer: Trainer, by: str, learns: str) -> None:
+    """Refuse to learn in half precision, where small steps are lost: bfloat16 knows nothing between 1 and 1.0078.
+
+    Args:
+        by: the method.
+        learns: what, in the plural.
+
+    Raises:
+        MisconfigurationException: names a precision that works.
+    """
+    if trainer.precision in ("16-true", "bf16-true"):
+        mixed = trainer.precision.replace("true", "mixed")
+        raise MisconfigurationException(
+            f"{by} learns {learns}, which need float32; precision={trainer.precision!r} has none. Take {mixed!r}."
+        )
+
+
 def own_group(
     trainer: Trainer,
     parameters: Iterable[Tensor],

@@ -14,7 +14,7 @@ from torch import nn
 from lightning_compress.callbacks.pruning.channel_pruning import refuse_later_pruning
 from lightning_compress.core.example_input import find_example_input
 from lightning_compress.core.measurement import LayerCost, disk_bytes, time_in_turns
-from lightning_compress.core.optimizers import check_held, check_optimizers
+from lightning_compress.core.optimizers import check_held, check_optimizers, check_precision
 from lightning_compress.core.quant.attach import real_weight
 from lightning_compress.core.quant.binary import binary_layers, is_downsample, packed_bytes, why_not_binary
 from lightning_compress.core.quant.layers import choose_quantized
@@ -160,11 +160,7 @@ class Binarization(Callback):
                 f"must know how many epochs there will be: give {self._name} max_epochs."
             )
         check_trainer(trainer, self._name, in_fit=False)
-        if trainer.precision in ("16-true", "bf16-true"):
-            mixed = trainer.precision.replace("true", "mixed")
-            raise MisconfigurationException(
-                f"{self._name} trains weights in float32; precision={trainer.precision!r} has none. Take {mixed!r}."
-            )
+        check_precision(trainer, self._name, "weights in small steps")
         refuse_later_pruning(trainer, self, "channels cannot go from a layer of one-bit weights")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             name = type(callback).__name__

@@ -30,7 +30,7 @@ from lightning_compress.callbacks.pruning.channel_pruning import refuse_later_pr
 from lightning_compress.core.calibration import on_device, training_inputs
 from lightning_compress.core.example_input import find_example_input
 from lightning_compress.core.meta import evaluating
-from lightning_compress.core.optimizers import check_held, check_optimizers, own_group
+from lightning_compress.core.optimizers import check_held, check_optimizers, check_precision, own_group
 from lightning_compress.core.quant.attach import (
     input_quantizer,
     quantize_input,
@@ -309,11 +309,7 @@ class QAT(Callback):
 
     def _check(self, trainer: Trainer) -> None:
         check_trainer(trainer, "QAT", in_fit=False)
-        if trainer.precision in ("16-true", "bf16-true"):
-            mixed = trainer.precision.replace("true", "mixed")
-            raise MisconfigurationException(
-                f"QAT learns ranges, which need float32; precision={trainer.precision!r} has none. Take {mixed!r}."
-            )
+        check_precision(trainer, "QAT", "ranges")
         refuse_later_pruning(trainer, self, "ranges that were found for some channels do not fit fewer")
 
 

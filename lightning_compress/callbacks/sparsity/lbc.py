@@ -31,12 +31,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_compress.callbacks.pruning.channel_pruning import refuse_later_pruning
-from lightning_compress.core.optimizers import check_held, check_optimizers, own_group
+from lightning_compress.core.optimizers import check_held, check_optimizers, check_precision, own_group
 from lightning_compress.core.report import close_account, open_account
 from lightning_compress.core.sparse.fixed_masks import FixedMasks
 from lightning_compress.core.sparse.layers import choose_layers, weight_layers
 from lightning_compress.core.sparse.learnt_mask import (
-    check_precision,
     insert_mask,
     keep_off_the_wire,
     masks_in,
@@ -399,5 +398,5 @@ class LBC(Callback):
                 f"LBC(start_epoch={self.start_epoch}, end_epoch={self.end_epoch}): the end is before the start."
             )
         check_trainer(trainer, "LBC", in_fit=True)
-        check_precision(trainer, "LBC")
+        check_precision(trainer, "LBC", "scores")
         refuse_later_pruning(trainer, self, f"removing channels would tear groups of {self.m} inputs apart")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -17,19 +16,6 @@ from torch.nn.utils import parametrize
 from lightning_compress.core.parametrisation import parametrise
 
 Mask = TypeVar("Mask", bound=nn.Module)
-
-
-def check_precision(trainer: Trainer, by: str) -> None:
-    """Refuse to learn scores in half precision, where steps are lost: bfloat16 knows nothing between 1 and 1.0078.
-
-    Raises:
-        MisconfigurationException: names a precision that works.
-    """
-    if trainer.precision in ("16-true", "bf16-true"):
-        mixed = trainer.precision.replace("true", "mixed")
-        raise MisconfigurationException(
-            f"{by} learns scores, which need float32; precision={trainer.precision!r} has none. Take {mixed!r}."
-        )
 
 
 def insert_mask(layer: nn.Module, mask: nn.Module) -> None:

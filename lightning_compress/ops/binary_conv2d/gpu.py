@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 from triton.runtime.interpreter import InterpretedFunction
 
-from lightning_compress.ops.binary_conv2d.operator import check_others, check_sizes, sample_mean, unpack_rows, version
+from lightning_compress.core.quant.binary import sample_mean
+from lightning_compress.ops.binary_conv2d.operator import check_others, check_sizes, unpack_rows, version
 
 POSITIONS = 64
 FILTERS = 32

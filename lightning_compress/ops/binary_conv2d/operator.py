@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lightning_compress.core.quant.binary import sample_mean
 from lightning_compress.ops.native import library
 
 SOURCE = Path(__file__).with_name("kernel.cpp")
@@ -46,15 +47,6 @@ def unpack_rows(packed: Tensor, n: int) -> Tensor:
         )
     digits = (packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
     return digits.flatten(1)[:, :n].bool()
-
-
-def sample_mean(x: Tensor) -> Tensor:
-    """What the inputs are compared with: (N, C, H, W) -> (N, 1, 1, 1) in float32.
-
-    Summed in float64, so that it does not depend on the order of the sum, and so that the mean of equal numbers is
-    that number; then all of them have the sign +1.
-    """
-    return x.mean((1, 2, 3), keepdim=True, dtype=torch.float64).float()
 
 
 NAME = "lightning_compress::binary_conv2d"

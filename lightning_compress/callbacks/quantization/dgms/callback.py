@@ -17,7 +17,7 @@ from lightning_compress.callbacks.quantization.dgms.initialisation import Init, 
 from lightning_compress.callbacks.quantization.dgms.mixture import TAU_FLOOR
 from lightning_compress.callbacks.quantization.dgms.quantizer import MixtureQuantizer, attach_mixtures, mixtures_in
 from lightning_compress.core import plots
-from lightning_compress.core.optimizers import check_held, check_optimizers, own_group
+from lightning_compress.core.optimizers import check_held, check_optimizers, check_precision, own_group
 from lightning_compress.core.quant.attach import real_weight
 from lightning_compress.core.quant.codebook import Codebook, save_codebooks
 from lightning_compress.core.quant.layers import choose_quantized
@@ -255,12 +255,7 @@ class DGMS(Callback):
 
     def _check(self, trainer: Trainer) -> None:
         check_trainer(trainer, "DGMS", in_fit=False)
-        if trainer.precision in ("16-true", "bf16-true"):
-            mixed = trainer.precision.replace("true", "mixed")
-            raise MisconfigurationException(
-                f"DGMS learns means and widths in small steps, which need float32; precision={trainer.precision!r} "
-                f"has none. Take {mixed!r}."
-            )
+        check_precision(trainer, "DGMS", "means and widths in small steps")
 
 
 def _sentence(books: Mapping[str, Codebook]) -> str:

@@ -21,11 +21,11 @@ from lightning_compress.core.distill.taps import InputTap
 from lightning_compress.core.distill.teacher import Teacher
 from lightning_compress.core.inference_copy import plain_copy
 from lightning_compress.core.losses import LossTerm, add_loss_term
-from lightning_compress.core.optimizers import check_held, check_optimizers, own_group
+from lightning_compress.core.optimizers import check_held, check_optimizers, check_precision, own_group
 from lightning_compress.core.report import close_account, log_figure, open_account
 from lightning_compress.core.select import did_you_mean
 from lightning_compress.core.sparse.layers import weight_layers
-from lightning_compress.core.sparse.learnt_mask import check_precision, keep_off_the_wire
+from lightning_compress.core.sparse.learnt_mask import keep_off_the_wire
 from lightning_compress.core.surgery import attach_record, change_in_setup, check_trainer, resume_in_setup
 from lightning_compress.core.weights import put_weights
 
@@ -356,7 +356,7 @@ class PAMS(Callback):
 
     def _check(self, trainer: Trainer) -> None:
         check_trainer(trainer, "PAMS", in_fit=False)
-        check_precision(trainer, "PAMS")
+        check_precision(trainer, "PAMS", "ranges")
         endless = trainer.max_epochs in (None, -1) or trainer.fast_dev_run  # type: ignore[attr-defined]
         ema_epoch: Any = self.measuring["ema_epoch"]
         if not endless and ema_epoch >= trainer.max_epochs:

@@ -22,12 +22,12 @@ from lightning_compress.callbacks.sparsity.lottery_jackpots.lots import (
     lots_in,
     pruned_counts,
 )
-from lightning_compress.core.optimizers import check_held
+from lightning_compress.core.optimizers import check_held, check_precision
 from lightning_compress.core.ratio import parse_ratio
 from lightning_compress.core.report import close_account, open_account, run_folder
 from lightning_compress.core.sparse.fixed_masks import FixedMasks
 from lightning_compress.core.sparse.layers import choose_layers, weight_layers
-from lightning_compress.core.sparse.learnt_mask import check_precision, keep_off_the_wire, weight_name
+from lightning_compress.core.sparse.learnt_mask import keep_off_the_wire, weight_name
 from lightning_compress.core.sparse.select_weights import drop_lowest
 from lightning_compress.core.surgery import (
     attach_record,
@@ -324,7 +324,7 @@ class LotteryJackpots(Callback):
 
     def _check(self, trainer: Trainer) -> None:
         check_trainer(trainer, "LotteryJackpots", in_fit=True)
-        check_precision(trainer, "LotteryJackpots")
+        check_precision(trainer, "LotteryJackpots", "scores")
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         endless = trainer.max_epochs in (None, -1)
