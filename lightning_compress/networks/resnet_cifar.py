@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from lightning_compress.networks.channel_shortcut import ChannelShortcut
 
+# Stem and stages of the wide networks that the comparisons of distillation methods use.
+X4 = (32, 64, 128, 256)
+
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with batch norm, and a shortcut around them.
@@ -129,3 +132,13 @@ def resnet56(num_classes: int = 10, in_channels: int = 3, **kwargs) -> CIFARResN
 def resnet110(num_classes: int = 10, in_channels: int = 3, **kwargs) -> CIFARResNet:
     """110 layers: 1,727,962 parameters, 252.9 million MACs (32x32). ``kwargs``: see :class:`CIFARResNet`."""
     return CIFARResNet(110, num_classes, in_channels, **kwargs)
+
+
+def resnet8x4(num_classes: int = 10, in_channels: int = 3) -> CIFARResNet:
+    """8 layers, four times as wide, projections: 1,210,410 parameters, 177.0 million MACs (32x32)."""
+    return CIFARResNet(8, num_classes, in_channels, widths=X4, shortcut="projection")
+
+
+def resnet32x4(num_classes: int = 10, in_channels: int = 3) -> CIFARResNet:
+    """32 layers, four times as wide, projections: 7,410,730 parameters, 1083.0 million MACs (32x32)."""
+    return CIFARResNet(32, num_classes, in_channels, widths=X4, shortcut="projection")

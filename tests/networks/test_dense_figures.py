@@ -33,15 +33,12 @@ def counted(name: str, shape: tuple[int, ...], **kwargs) -> Profile:
 
 
 def network(name: str, **kwargs) -> nn.Module:
-    """``cifar-x`` is torchvision's with a 3x3 stem of stride 1 and no max-pool, ``vgg8`` is that of KCD."""
+    """``cifar-x`` is torchvision's with a 3x3 stem of stride 1 and no max-pool."""
     if name.startswith("cifar-"):
         net = build(name.removeprefix("cifar-"), **kwargs)
         net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         net.maxpool = nn.Identity()
         return net
-    if name in ("vgg8", "vgg13"):
-        n = 1 if name == "vgg8" else 2
-        return CIFARVGG(((64,) * n, (128,) * n, (256,) * n, (512,) * 2 * n), classifier="linear", **kwargs)
     with torch.device("meta"):
         return build(name, **kwargs)
 
@@ -135,7 +132,7 @@ VGG_LINEAR = {"classifier": "linear"}
 HUNDRED = {"num_classes": 100}
 PROJECTION = {"num_classes": 100, "shortcut": "projection"}
 WIDE = {"widths": (32, 32, 64, 128)}
-X4 = {"num_classes": 100, "shortcut": "projection", "widths": (32, 64, 128, 256)}
+BIASED = {"num_classes": 100, "variant": "biased"}
 
 # slug of the paper, network, its arguments, input, {rule: figure}
 FIGURES: list[tuple[str, str, dict, tuple[int, ...], dict[Callable[[Profile], int], int | str]]] = [
@@ -277,13 +274,22 @@ FIGURES: list[tuple[str, str, dict, tuple[int, ...], dict[Callable[[Profile], in
     ("kcd", "resnet32", PROJECTION, CIFAR, {params: 472_756}),
     ("kcd", "resnet56", PROJECTION, CIFAR, {macs: "125.75M", params: 861_620}),
     ("kcd", "resnet110", PROJECTION, CIFAR, {params: 1_736_564}),
-    ("kcd", "resnet32", X4, CIFAR, {macs: "1083.04M", params: 7_433_860}),
-    ("kcd", "vgg8", HUNDRED, CIFAR, {macs: "96.19M", params: 3_965_028}),
-    ("kcd", "vgg13", HUNDRED, CIFAR, {macs: "284.94M", params: 9_462_180}),
-    ("kcd", "cifar-resnet50", HUNDRED, CIFAR, {params: 23_705_252}),
+    ("kcd", "resnet8x4", HUNDRED, CIFAR, {params: 1_233_540}),
+    ("kcd", "resnet32x4", HUNDRED, CIFAR, {macs: "1083.04M", params: 7_433_860}),
+    ("kcd", "wide_resnet16_2", HUNDRED, CIFAR, {macs: "101.12M", params: 703_284}),
+    ("kcd", "wide_resnet40_1", HUNDRED, CIFAR, {params: 569_780}),
+    ("kcd", "wide_resnet40_2", HUNDRED, CIFAR, {macs: "327.61M", params: 2_255_156}),
+    ("kcd", "vgg8_cifar", HUNDRED, CIFAR, {macs: "96.19M", params: 3_965_028}),
+    ("kcd", "vgg13_cifar", HUNDRED, CIFAR, {macs: "284.94M", params: 9_462_180}),
+    ("kcd", "resnet50_cifar", HUNDRED, CIFAR, {params: 23_705_252}),
+    ("kcd", "mobilenet_v2_half", HUNDRED, CIFAR, {params: 812_836}),
+    ("kcd", "shufflenet_v1", HUNDRED, CIFAR, {params: 949_258}),
+    ("kcd", "shufflenet_v2", HUNDRED, CIFAR, {params: 1_355_528}),
     ("ffsd", "resnet20", PROJECTION, CIFAR, {macs: 40_818_944, params: 278_324}),
     ("ffsd", "resnet32", PROJECTION, CIFAR, {macs: 69_130_496, params: 472_756}),
     ("ffsd", "resnet56", PROJECTION, CIFAR, {macs: 125_753_600, params: 861_620}),
+    ("ffsd", "wide_resnet16_2", BIASED, CIFAR, {macs: 129_430_016, params: 704_420}),
+    ("ffsd", "wide_resnet40_2", BIASED, CIFAR, {macs: 355_922_432, params: 2_258_084}),
     ("ffsd", "densenet40", HUNDRED, CIFAR, {macs: 282_958_368, params: 1_100_428}),
     ("ffsd", "googlenet_cifar", HUNDRED, CIFAR, {macs: "1.522G", params: 6_258_500}),
     ("od-cheap-conv", "resnet56", {}, CIFAR, {macs: 125_485_696, params: 853_018}),
