@@ -7,7 +7,6 @@ images against loops over pairs and triples of them.
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -125,8 +124,9 @@ def claims() -> Iterator[Claim]:
         plain = fit(None)
         with tempfile.TemporaryDirectory() as folder:
             cached = fit(folder)
-        step, by_hand = statistics.median(plain.trainers), statistics.median(plain.own)
-        quick, beside = statistics.median(cached.trainers), statistics.median(cached.own)
+        # the shortest of each: what else the machine does only makes steps longer
+        step, by_hand = min(plain.trainers), min(plain.own)
+        quick, beside = min(cached.trainers), min(cached.own)
         setting = f"ResNet-56 teaches ResNet-20, {IMAGES} images"
         detail = milliseconds(step, by_hand)
         yield Claim(f"{setting}: step / loop by hand", step / by_hand, 1.03, at_most=True, detail=detail)

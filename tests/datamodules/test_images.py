@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -172,13 +172,14 @@ def test_lightning_keeps_the_sampler_under_ddp_and_turns_it_off_to_overfit(tmp_p
     torch.distributed.destroy_process_group()  # Lightning leaves it to the end of the process
 
 
-def test_crop_and_flip_against_a_loop() -> None:
-    augmentation = Augmentation(padding=3, flip=True)
+@pytest.mark.parametrize("mode", ["constant", "reflect"])
+def test_crop_and_flip_against_a_loop(mode: Literal["constant", "reflect"]) -> None:
+    augmentation = Augmentation(padding=3, flip=True, mode=mode)
     images = torch.randint(0, 256, (200, 2, 5, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     draws = augmentation.draw(200, seed=4, epoch=9)
     expected = []
     for image, (top, left, flip) in zip(images, draws.tolist(), strict=True):
-        crop = F.pad(image, (3, 3, 3, 3))[:, top : top + 5, left : left + 6]
+        crop = F.pad(image.float(), (3, 3, 3, 3), mode).byte()[:, top : top + 5, left : left + 6]
         expected.append(crop.flip(-1) if flip else crop)
     assert torch.equal(augmentation(images, draws), torch.stack(expected))
     assert [column.unique().tolist() for column in draws.T] == [list(range(7)), list(range(7)), [0, 1]]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -128,6 +129,17 @@ def observe(network: nn.Module, points: Sequence[Point], *args: Any, **kwargs: A
     Raises:
         LookupError: the network computes without one of the modules.
     """
+    with reading(network, points) as read:
+        output = network(*args, **kwargs)
+    for point in points:
+        if point not in read:
+            raise LookupError(f"{type(network).__name__} computes without its module {point.module!r}.")
+    return output, [read[point] for point in points]
+
+
+@contextmanager
+def reading(network: nn.Module, points: Sequence[Point]) -> Iterator[dict[Point, Any]]:
+    """Fill a dict with what is at the points of a network while others call it."""
     read: dict[Point, Any] = {}
 
     def reader(point: Point) -> Any:
@@ -135,14 +147,10 @@ def observe(network: nn.Module, points: Sequence[Point], *args: Any, **kwargs: A
 
     handles = [network.get_submodule(p.module).register_forward_hook(reader(p)) for p in points]
     try:
-        output = network(*args, **kwargs)
+        yield read
     finally:
         for handle in handles:
             handle.remove()
-    for point in points:
-        if point not in read:
-            raise LookupError(f"{type(network).__name__} computes without its module {point.module!r}.")
-    return output, [read[point] for point in points]
 
 
 def logits_of(output: Any) -> Tensor | None:

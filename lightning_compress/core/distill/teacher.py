@@ -44,16 +44,17 @@ class Teacher:
         self.sha256 = _digest_file(source) if source else _digest_weights(self.network)
 
     @classmethod
-    def from_file(cls, path: str | Path, like: nn.Module, prefix: str = "") -> Teacher:
+    def from_file(cls, path: str | Path, like: nn.Module, prefix: str = "", *, argument: str = "teacher") -> Teacher:
         """A network like another one, with the weights in a file.
 
         Args:
             path: a state dict, or a Lightning checkpoint.
             like: the network whose layers it has; not changed.
             prefix: of the network's keys in a checkpoint that holds more than it, such as "network".
+            argument: what the user calls the file.
 
         Raises:
-            ValueError: the file is absent or truncated, or does not fit; names `teacher`.
+            ValueError: the file is absent or truncated, or does not fit; names `argument`.
         """
         network = inference_copy(like)
         try:
@@ -61,7 +62,7 @@ class Teacher:
             inside = {k.removeprefix(f"{prefix}."): v for k, v in state.items() if k.startswith(f"{prefix}.")}
             put_weights(network, inside or state, f"path {str(path)!r}")
         except ValueError as error:
-            raise ValueError(f"teacher: {error}") from error
+            raise ValueError(f"{argument}: {error}") from error
         return cls(network, str(path))
 
     def to(self, device: torch.device | str) -> Teacher:

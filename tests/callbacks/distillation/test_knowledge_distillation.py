@@ -30,7 +30,7 @@ from lightning_compress.core.profile import profile
 from lightning_compress.core.report import Account
 from lightning_compress.core.sparse.layers import weight_layers
 from lightning_compress.modules import ImageClassifier
-from lightning_compress.networks import CIFARResNet, DigitsKernel
+from lightning_compress.networks import CIFARResNet, DigitsKernel, build
 
 FEW = {"max_epochs": 1, "limit_val_batches": 0}
 
@@ -307,7 +307,15 @@ def test_a_librarys_network_comes_with_its_weights(name: str, builder: str, aske
     made.assert_called_once_with("resnet18", **asked)
 
 
-@pytest.mark.parametrize("row", card("knowledge_distillation").published, ids=lambda row: row.setting)
+def teaches_resnet20(row: Row) -> bool:
+    return not row.setting.startswith("logits of")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [row for row in card("knowledge_distillation").published if teaches_resnet20(row)],
+    ids=lambda row: row.setting,
+)
 def test_published_students_and_their_recipes(row: Row) -> None:
     """The comparison's networks (arXiv:1910.10699): 278,324 parameters learn from 861,620."""
     recipe = yaml.safe_load(find_config(row.config).read_text())
@@ -321,13 +329,31 @@ def test_published_students_and_their_recipes(row: Row) -> None:
     assert set(arguments["losses"]) == set(row.setting.split(", "))
     del arguments["teacher_weights"]
     torch.manual_seed(0)
-    teacher = CIFARResNet(8, 100, shortcut="projection")
+    teacher, student = (CIFARResNet(depth, 100, widths=(4, 4, 4, 8)) for depth in (56, 20))  # thin, but as deep
     kd = KnowledgeDistillation(teacher, **arguments)
-    module = ImageClassifier(CIFARResNet(8, 100, shortcut="projection"), 100)
-    module.trainer = foreign.make_trainer(Path(), kd, max_epochs=240)
-    kd.setup(module.trainer, module, "fit")
-    assert set(kd._terms) - {"task"} == set(arguments["losses"])
+    module = ImageClassifier(student, 100)
+    module.trainer = foreign.make_trainer(Path(), kd, max_epochs=270)
+    with patch("lightning_compress.callbacks.distillation.knowledge_distillation.callback.Memories"):
+        kd.setup(module.trainer, module, "fit")
+    assert set(kd._terms) - {"task", "paraphrase"} == set(arguments["losses"])
     kd.teardown(module.trainer, module, "fit")
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in card("knowledge_distillation").published if not teaches_resnet20(row)],
+    ids=lambda row: f"{row.network} {row.setting}",
+)  # fmt: skip
+def test_published_pairs(row: Row) -> None:
+    recipe = yaml.safe_load(find_config(row.config).read_text())
+    arguments = recipe["trainer"]["callbacks"][0]["init_args"]
+    sizes = []
+    for given in (recipe["model"]["init_args"]["network"], arguments["teacher"]):
+        with torch.device("meta"):
+            network = build(given, num_classes=100) if isinstance(given, str) else CIFARResNet(**given["init_args"])
+        sizes.append(profile(network, (1, 3, 32, 32)))
+    assert (sizes[0].macs, sizes[0].params) == (row.result["macs"], row.result["params"])
+    teachers = {"ResNet-110": 1_736_564, "ResNet-50": 23_705_252, "ResNet-32x4": 7_433_860}
+    assert sizes[1].params == teachers[row.setting.removeprefix("logits of ")]
 
 
 # ---- any module
@@ -447,7 +473,7 @@ def test_hints_are_learnt_with_the_student(tmp_path: Path) -> None:
     )  # fmt: skip
     trainer = foreign.fit(module, tmp_path, kd, ModelCheckpoint(tmp_path, "last"))
     connectors = getattr(module, CONNECTORS)
-    assert connectors["hints_0"].layer.weight.shape == (16, 8, 1, 1)
+    assert connectors["hints_0"].layer.weight.shape[:2] == (16, 8)
     assert connectors["contrast_0"].student.weight.shape == (5, 8)
     assert connectors["contrast_0"].teacher.weight.shape == (5, 32)
     own = trainer.optimizers[0].param_groups[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -154,6 +155,105 @@ def test_contrast_against_a_loop(labels):
     assert losses.contrast(student, teacher, labels, 0.1).item() == pytest.approx(total / 5, rel=1e-5)
 
 
+def test_selectivity_against_a_loop():
+    def kernel(a, b):
+        values = [float((x @ y) ** 2) for one, other in zip(a, b, strict=True) for x in one for y in other]
+        return sum(values) / len(values)
+
+    student, teacher = maps(0, 5, 3, 4, 4), maps(1, 5, 6, 8, 8)
+    own, theirs = (
+        [[row / row.norm() for row in image.flatten(1)] for image in f] for f in (student, F.avg_pool2d(teacher, 2))
+    )
+    expected = kernel(own, own) + kernel(theirs, theirs) - 2 * kernel(own, theirs)
+    assert losses.selectivity(student, teacher).item() == pytest.approx(expected, rel=1e-4)
+    # in any order of channels
+    assert losses.selectivity(student, 2 * student[:, [2, 0, 1]]).item() == pytest.approx(0, abs=1e-7)
+
+
+def test_selectivity_by_hand():
+    student = torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]]]])
+    teacher = torch.tensor([[[[3.0, 4.0]]]])  # of norm 1: (0.6, 0.8)
+    assert losses.selectivity(student, teacher).item() == pytest.approx(1 / 2 + 1 - 2 * (0.36 + 0.64) / 2)
+
+
+def test_flow_against_a_loop():
+    lower, upper = maps(0, 5, 3, 8, 8), maps(1, 5, 2, 4, 4)
+    pooled = F.avg_pool2d(lower, 2)
+    expected = torch.stack(
+        [
+            torch.stack([torch.stack([(a * b).mean() for a in one]) for b in other])
+            for one, other in zip(pooled, upper, strict=True)
+        ]
+    )
+    matrix = losses.flow_matrix(lower, upper)
+    assert matrix.shape == (5, 2, 3)
+    torch.testing.assert_close(matrix, expected)
+    teacher = losses.flow_matrix(maps(2, 5, 3, 8, 8), maps(3, 5, 2, 4, 4))
+    assert losses.flow(matrix, teacher).item() == pytest.approx(float(((expected - teacher) ** 2).mean()))
+
+
+def test_factors_are_compared_by_where_they_are():
+    student, teacher = maps(0, 5, 3, 4, 4), maps(1, 5, 6, 8, 8)
+    total = 0.0
+    for own, theirs in zip(student, F.avg_pool2d(teacher, 2), strict=True):
+        a, b = ((f**2).mean(0).flatten() for f in (own, theirs))
+        total += float((a / a.norm() - b / b.norm()).abs().mean())
+    assert losses.factors(student, teacher).item() == pytest.approx(total / 5, rel=1e-5)
+
+
+def test_boundary_against_a_loop():
+    student, teacher = 2 * maps(0), maps(1)
+    teacher[0] = 0  # neither fires
+    total = 0.0
+    for s, t in zip(student.flatten().tolist(), teacher.flatten().tolist(), strict=True):
+        if s > -1 and t <= 0:
+            total += (s + 1) ** 2
+        if s <= 1 and t > 0:
+            total += (s - 1) ** 2
+    assert losses.boundary(student, teacher).item() == pytest.approx(3 / 1000 * total / 5, rel=1e-5)
+
+
+def test_information_against_a_loop():
+    student, teacher, variance = maps(0), maps(1), torch.tensor([0.5, 1.0, 5.0])
+    total = 0.0
+    for channel, v in enumerate(variance.tolist()):
+        for s, t in zip(student[:, channel].flatten().tolist(), teacher[:, channel].flatten().tolist(), strict=True):
+            total += 0.5 * ((s - t) ** 2 / v + math.log(v))
+    assert losses.information(student, teacher, variance).item() == pytest.approx(total / student.numel(), rel=1e-5)
+    # up to constants it is minus the logarithm of a normal density
+    density = torch.distributions.Normal(student, variance.sqrt().view(-1, 1, 1)).log_prob(teacher).mean()
+    constant = 0.5 * math.log(2 * math.pi)
+    assert losses.information(student, teacher, variance).item() == pytest.approx(-float(density) - constant, rel=1e-5)
+
+
+def test_correlation_against_a_loop():
+    student, teacher = logits(0), logits(1)
+    apart = (student - teacher).abs().tolist()
+    total = sum(a * b for one, two in pairwise(apart) for a, b in zip(one, two, strict=True))
+    assert losses.correlation(student, teacher).item() == pytest.approx(total / 4, rel=1e-5)
+    assert losses.correlation(student[:1], teacher[:1]).item() == 0  # an image alone has no neighbour
+
+
+def test_probability_against_a_loop():
+    def rows(features):
+        kernel = [[(float(F.cosine_similarity(a, b, dim=0)) + 1) / 2 for b in features] for a in features]
+        return [[k / sum(row) for k in row] for row in kernel]
+
+    student, teacher = logits(0), logits(1)
+    total = 0.0
+    for own, theirs in zip(rows(student), rows(teacher), strict=True):
+        total += sum(t * math.log((t + 1e-7) / (s + 1e-7)) for s, t in zip(own, theirs, strict=True))
+    assert losses.probability(student, teacher).item() == pytest.approx(total / 25, rel=1e-4)
+    assert losses.probability(student, 3 * student).item() == pytest.approx(0, abs=1e-7)
+
+
+def test_probability_by_hand():
+    student, teacher = torch.eye(2), torch.ones(2, 2)
+    # the student's rows are (2/3, 1/3), the teacher's (1/2, 1/2)
+    expected = (0.5 * math.log(0.75) + 0.5 * math.log(1.5)) / 2
+    assert losses.probability(student, teacher).item() == pytest.approx(expected, rel=1e-5)
+
+
 # ---- all of them
 
 CALLS = {
@@ -165,12 +265,25 @@ CALLS = {
     "distance": losses.distance,
     "angle": losses.angle,
     "contrast": lambda s, t: losses.contrast(s, t, LABELS),
+    "attention": lambda s, t: losses.attention(folded(s), folded(t)),
+    "selectivity": lambda s, t: losses.selectivity(folded(s), folded(t)),
+    "factors": lambda s, t: losses.factors(folded(s), folded(t)),
+    "flow": lambda s, t: losses.flow(*(losses.flow_matrix(folded(f)[:, :, :3], folded(f)[:, :, 3:6]) for f in (s, t))),
+    "boundary": losses.boundary,
+    "information": lambda s, t: losses.information(s, t, torch.ones(7)),
+    "correlation": losses.correlation,
+    "probability": losses.probability,
 }
+
+
+def folded(features):
+    """Seven numbers of an image as a map of one channel."""
+    return features.view(len(features), 1, -1, 1)
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_learns_what_the_teacher_knows(name):
-    """Zero (contrast: lower) where they agree, and steps downhill lead there."""
+    """Zero where they agree (lower at least), and steps downhill lead there."""
     teacher = logits(1)
     student = logits(0).requires_grad_()
     optimizer = torch.optim.Adam([student], lr=0.1)
@@ -182,7 +295,7 @@ def test_learns_what_the_teacher_knows(name):
         assert student.grad.isfinite().all()
         optimizer.step()
     assert loss.item() < 0.3 * first
-    if name != "contrast":
+    if name not in ("contrast", "boundary"):  # which wants a margin on top
         assert CALLS[name](teacher, teacher).item() == pytest.approx(0, abs=1e-6)
 
 
@@ -197,7 +310,7 @@ def test_is_computed_in_float32(name):
     assert large.isfinite()
 
 
-@pytest.mark.parametrize("name", ["similarity", "distance", "angle", "contrast"])
+@pytest.mark.parametrize("name", ["similarity", "distance", "angle", "probability", "contrast"])
 def test_equal_images_have_a_gradient(name):
     student = logits(0)[[0, 0, 1, 2, 3]].requires_grad_()
     CALLS[name](student, logits(1)[[0, 0, 1, 2, 3]]).backward()

@@ -80,12 +80,24 @@ def test_no_logits(output):
 
 
 def test_connectors_are_rebuilt_from_a_state_dict():
-    given = {"hints_0": ("regressor", 8, 6, True), "contrast_0": ("embeddings", 8, 4, 5)}
+    given = {
+        "hints_0": ("conv_regressor", 8, 6, (4, 4), (2, 2)),
+        "hints_1": ("regressor", 8, 6),
+        "contrast_0": ("embeddings", 8, 4, 5),
+        "information_0": ("expectation", 8, 6),
+        "factors_0": ("factors", 8, 6),
+    }
     one, other = foreign.made(), foreign.made()
     attach_record(one).change(one, connect, {"name": "extra", "connectors": given}, by="test", epoch=0)
     assert isinstance(one.extra, Connectors)
-    student, teacher = one.extra["hints_0"](torch.rand(2, 8, 4, 4), torch.rand(2, 6, 2, 2))
+    maps = torch.rand(2, 8, 4, 4), torch.rand(2, 6, 2, 2)
+    student, teacher = one.extra["hints_0"](*maps)
     assert student.shape == teacher.shape == (2, 6, 2, 2)
+    student, teacher, variance = one.extra["information_0"](*maps)
+    assert student.shape == teacher.shape == (2, 6, 2, 2)
+    assert variance.shape == (6,)
+    student, teacher, error = one.extra["factors_0"](*maps)
+    assert (student.shape, teacher.shape, error.shape) == ((2, 3, 4, 4), (2, 3, 2, 2), ())
     student, teacher = one.extra["contrast_0"](torch.rand(2, 8, 4, 4), torch.rand(2, 3, 4))
     assert student.shape == teacher.shape == (2, 5)
     attach_record(other)

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_compress.callbacks.distillation.knowledge_distillation.memories import Memories
 from lightning_compress.callbacks.distillation.knowledge_distillation.student import (
     CONNECTORS,
     Heard,
@@ -30,6 +31,8 @@ from lightning_compress.callbacks.distillation.knowledge_distillation.teachers i
     make_teacher,
 )
 from lightning_compress.callbacks.distillation.knowledge_distillation.terms import (
+    COMPARISONS,
+    INITIAL,
     LEARNT,
     OF_FEATURES,
     OF_LABELS,
@@ -44,8 +47,8 @@ from lightning_compress.callbacks.distillation.knowledge_distillation.terms impo
 from lightning_compress.callbacks.pruning.channel_pruning import refuse_later_pruning
 from lightning_compress.core.batches import targets_of
 from lightning_compress.core.distill.cache import TeacherCache
-from lightning_compress.core.distill.connectors import connect
-from lightning_compress.core.distill.losses import contrast, non_target_classes, soft_targets, target_class
+from lightning_compress.core.distill.connectors import Factors, connect
+from lightning_compress.core.distill.losses import non_target_classes, soft_targets, target_class
 from lightning_compress.core.distill.taps import Point
 from lightning_compress.core.example_input import find_example_input
 from lightning_compress.core.losses import LossTerm, add_loss_term
@@ -63,6 +66,7 @@ class Lesson:
     teacher: Tensor | None
     of_student: dict[Point, Tensor]  # features
     of_teacher: dict[Point, Tensor]
+    restored: Tensor | None = None  # error of what paraphrasers make of the teacher's features
 
 
 class KnowledgeDistillation(Callback):
@@ -76,29 +80,37 @@ class KnowledgeDistillation(Callback):
             student; a name: ``"resnet56"``, ``"torchvision/resnet50"``, ``"timm/resnet50.a1_in1k"`` (these two come
             with their library's weights, if `teacher_weights` gives none). Or several of them: then the mean of their
             logits teaches.
-        losses: weight of each term: ``logits``, ``target``, ``non_target``, ``hints``, ``attention``, ``similarity``,
-            ``distance``, ``angle``, ``contrast``. None: Hinton's, ``{"logits": 1.0}``.
+        losses: weight of each term: ``logits``, ``target``, ``non_target``; ``hints``, ``attention``, ``selectivity``,
+            ``flow``, ``factors``, ``boundary``, ``information``; ``similarity``, ``distance``, ``angle``,
+            ``correlation``, ``probability``; ``contrast``, ``noise_contrast``. None: Hinton's, ``{"logits": 1.0}``.
         teacher_weights: file with the weights of a teacher that is a module or a name; one for each of several.
         task_weight: gamma, weight of the module's own loss; 0 trains by the teacher alone.
         temperature: T of the terms on logits. 4 is usual on CIFAR, 1 on ImageNet.
         features: for the terms on features: globs of the student's modules (names as in the LightningModule) -> globs
-            of the teacher's, whose outputs are compared one by one and summed; or such a mapping for each term. None:
-            the input of the last linear layer of both, which ``hints`` and ``attention`` do not take.
+            of the teacher's, whose outputs are compared one by one and summed; or such a mapping for each term.
+            ``boundary`` compares what these modules, activations, get. None: the input of the last linear layer of
+            both, for relations and contrasts; the other terms want names.
         network: name of the module that returns the logits. None: the LightningModule itself where its training step
             calls it, else its child with most parameters.
         warmup_epochs: in how many epochs the terms' weights grow to their full value, linearly; DKD's 20.
-        contrast_dim: length of the embeddings of ``contrast``; CRD's 128.
-        contrast_temperature: of ``contrast``; CRD's 0.07.
+        initial_epochs: length of a stage of its own for ``flow``, ``boundary`` and what ``factors`` paraphrases: only
+            these are learnt in the first epochs, and only the others after them. 30 in the comparison of losses by
+            Tian et al., arXiv:1910.10699. 0: all are learnt at once.
+        contrast_dim: length of the embeddings of ``contrast``, ``noise_contrast`` and ``correlation``; CRD's 128.
+        contrast_temperature: of ``contrast`` and ``noise_contrast``; CRD's 0.07.
+        contrast_negatives: images of other classes that ``noise_contrast`` tells each image from; CRD's 16,384.
+        contrast_momentum: how much the memory of ``noise_contrast`` keeps of an embedding; CRD's 0.5.
         connector_lr_factor: learning rate of learnt connectors, as a multiple of the student's.
         channels_last: whether teachers compute in the channels-last memory format.
         cache: folder in which the teacher's outputs are kept, so that it sees each image once. Needs training data
             without random augmentation; every output takes its room in memory and on disk.
 
-    What is stored: connectors of ``hints`` and ``contrast`` in the module's own `state_dict`, see
-    `lightning_compress.load`, and left out of exports; source and SHA-256 of each teacher in the callback's state.
+    What is stored: connectors of the terms that learn some in the module's own `state_dict`, see
+    `lightning_compress.load`, and left out of exports; source and SHA-256 of each teacher, and the memory of
+    ``noise_contrast``, in the callback's state.
 
     With several processes each asks its own teacher about its own images; relations and contrast are those of the
-    process's batch.
+    process's batch, and the memory is one for all.
 
     Raises:
         ValueError, MisconfigurationException: before the first step, for impossible arguments, teachers that cannot be
@@ -125,8 +137,11 @@ class KnowledgeDistillation(Callback):
         features: dict[str, str | dict[str, str]] | None = None,
         network: str | None = None,
         warmup_epochs: int = 0,
+        initial_epochs: int = 0,
         contrast_dim: int = 128,
         contrast_temperature: float = 0.07,
+        contrast_negatives: int = 16384,
+        contrast_momentum: float = 0.5,
         connector_lr_factor: float = 1.0,
         channels_last: bool = False,
         cache: str | None = None,
@@ -138,12 +153,21 @@ class KnowledgeDistillation(Callback):
             ("temperature", temperature),
             ("contrast_dim", contrast_dim),
             ("contrast_temperature", contrast_temperature),
+            ("contrast_negatives", contrast_negatives),
             ("connector_lr_factor", connector_lr_factor),
         ):
             if value <= 0:
                 raise ValueError(f"{argument}: expected a number above 0, got {value}.")
-        if warmup_epochs < 0:
-            raise ValueError(f"warmup_epochs: expected 0 or more epochs, got {warmup_epochs}.")
+        if not 0 <= contrast_momentum < 1:
+            raise ValueError(f"contrast_momentum: expected a share from 0 to below 1, got {contrast_momentum}.")
+        for argument, epochs in (("warmup_epochs", warmup_epochs), ("initial_epochs", initial_epochs)):
+            if epochs < 0:
+                raise ValueError(f"{argument}: expected 0 or more epochs, got {epochs}.")
+        if initial_epochs and not {*INITIAL, "factors"} & set(self.losses):
+            raise ValueError(
+                f"initial_epochs={initial_epochs}: none of the losses {list(self.losses)} has a stage before the "
+                f"others. Those that have are {', '.join(INITIAL)} and factors."
+            )
         check_features(features, list(self.losses))
         self.teacher = [teacher] if isinstance(teacher, (nn.Module, str)) else list(teacher)
         self.teacher_weights = (
@@ -164,8 +188,9 @@ class KnowledgeDistillation(Callback):
             )
         self.task_weight, self.temperature = task_weight, temperature
         self.features, self.network = features, network
-        self.warmup_epochs = warmup_epochs
+        self.warmup_epochs, self.initial_epochs = warmup_epochs, initial_epochs
         self.contrast_dim, self.contrast_temperature = contrast_dim, contrast_temperature
+        self.contrast_negatives, self.contrast_momentum = contrast_negatives, contrast_momentum
         self.connector_lr_factor = connector_lr_factor
         self.channels_last = channels_last
         self.cache = cache
@@ -176,15 +201,21 @@ class KnowledgeDistillation(Callback):
         self._terms: dict[str, LossTerm] = {}
         self._student: Student | None = None
         self._lesson: Lesson | None = None
+        self._memories: Memories | None = None
 
     @property
     def state_key(self) -> str:
         return self._generate_state_key(losses=sorted(self.losses), features=self.features, network=self.network)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"teachers": [t.state_dict() for t in self._teachers.all]} if self._teachers else {}
+        if self._teachers is None:
+            return {}
+        memories = {"memories": self._memories.state_dict()} if self._memories else {}
+        return {"teachers": [t.state_dict() for t in self._teachers.all], **memories}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        if self._memories is not None:
+            self._memories.load_state_dict(state_dict["memories"])
         then, now = state_dict["teachers"], self._teachers.all if self._teachers else []
         if now and len(then) != len(now):
             rank_zero_warn(f"There are {len(now)} teachers, but this run began with {len(then)}.")
@@ -208,13 +239,18 @@ class KnowledgeDistillation(Callback):
             check_images(trainer, pl_module)
             folder = Path(self.cache) / self._teachers.identity(trainer.precision)
             self._asked = CachedTeachers(self._teachers, TeacherCache(folder, trainer.global_rank))
-        if self.task_weight != 1:
+        if self.task_weight != 1 or self.initial_epochs:
             self._terms["task"] = add_loss_term(pl_module, "kd", "task", _own_loss, self.task_weight - 1)
         for name, weight in self.losses.items():
             self._terms[name] = add_loss_term(pl_module, "kd", name, partial(self._value, pl_module, name), weight)
+        if "factors" in self.losses:  # the student has no part in it, nor has its weight
+            self._terms["paraphrase"] = add_loss_term(pl_module, "kd", "paraphrase", self._restored)
+        if "noise_contrast" in self.losses:
+            options = self.contrast_dim, self.contrast_negatives, self.contrast_temperature, self.contrast_momentum
+            self._memories = Memories(trainer, pl_module, len(self._pairs["noise_contrast"]), *options)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._learns:
+        if hasattr(pl_module, CONNECTORS):
             parameters = list(getattr(pl_module, CONNECTORS).parameters())
             groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
             held = {id(p) for group in groups for p in group["params"]}
@@ -225,15 +261,32 @@ class KnowledgeDistillation(Callback):
         for teacher in self._teachers.all:
             trainer.precision_plugin.convert_module(teacher.network)  # to bfloat16, if the student is
             teacher.to(pl_module.device)
+        if self._memories is not None:
+            self._memories.to(pl_module.device)
         self._student = Student(pl_module, self.network, self._points(0))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        since = trainer.current_epoch - self.initial_epochs
+        warm = min(1.0, (since + 1) / max(1, self.warmup_epochs))
         for name, weight in self.losses.items():
-            self._terms[name].weight = weight * min(1.0, (trainer.current_epoch + 1) / max(1, self.warmup_epochs))
+            initial = self.initial_epochs > 0 and name in INITIAL
+            self._terms[name].weight = weight * (float(since < 0) if initial else max(0.0, warm))
+        if self.initial_epochs:  # a weight of 0 keeps all parameters in the graph, for DDP
+            self._terms["task"].weight = -1.0 if since < 0 else self.task_weight - 1
+            if "factors" in self.losses:
+                self._terms["paraphrase"].weight = float(since < 0)
         if isinstance(self._asked, CachedTeachers):
             self._asked.begin_epoch()
 
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if 0 < self.initial_epochs <= trainer.current_epoch:
+            for layer in getattr(pl_module, CONNECTORS, nn.ModuleDict()).children():
+                if isinstance(layer, Factors):
+                    layer.spare_paraphraser()
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if self._memories is not None:
+            self._memories.keep(pl_module)
         self._lesson = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -263,17 +316,26 @@ class KnowledgeDistillation(Callback):
         return part(student, teacher, _classes(batch), self.temperature)
 
     def _compare(self, pl_module: LightningModule, name: str, lesson: Lesson, labels: Tensor | None) -> Tensor:
-        """A term on features, summed over its pairs."""
-        compare = OF_FEATURES[name]
-        if name == "contrast":
-            compare = partial(contrast, labels=labels, temperature=self.contrast_temperature)
-        total = torch.zeros((), device=pl_module.device)
+        """A term on features, over all of its pairs."""
+        connectors = getattr(pl_module, CONNECTORS, {})
+        seen: list[tuple[Tensor, ...]] = []
         for index, (own, theirs) in enumerate(self._pairs[name]):
-            student, teacher = lesson.of_student[own], lesson.of_teacher[theirs]
-            if name in LEARNT:
-                student, teacher = getattr(pl_module, CONNECTORS)[f"{name}_{index}"](student, teacher)
-            total = total + compare(student, teacher)
-        return total
+            pair, key = (lesson.of_student[own], lesson.of_teacher[theirs]), f"{name}_{index}"
+            seen.append(connectors[key](*pair) if key in connectors else pair)
+        if name == "noise_contrast":
+            assert self._memories is not None
+            assert labels is not None
+            return self._memories.contrast(pl_module.trainer, seen, labels)
+        if name == "factors":
+            lesson.restored = torch.stack([error for _, _, error in seen]).sum()
+        if name == "contrast":
+            return COMPARISONS[name](seen, labels=labels, temperature=self.contrast_temperature)
+        return COMPARISONS[name](seen)
+
+    def _restored(self, outputs: Any, batch: Any, batch_idx: int) -> Tensor:
+        assert self._lesson is not None
+        assert self._lesson.restored is not None  # `factors` comes before it
+        return self._lesson.restored
 
     def _learn(self, pl_module: LightningModule) -> Lesson:
         """The lesson of this step; the step's first term asks the teachers."""
@@ -373,8 +435,8 @@ class KnowledgeDistillation(Callback):
             for index, pair in enumerate(pairs):
                 student, teacher = lesson.of_student[pair[0]], lesson.of_teacher[pair[1]]
                 check_pair(term, pair, student, teacher)
-                if term in LEARNT:
-                    needed[f"{term}_{index}"] = connector(term, student, teacher, self.contrast_dim)
+                if learnt := connector(term, student, teacher, self.contrast_dim):
+                    needed[f"{term}_{index}"] = learnt
         return needed
 
     def _connect(
@@ -397,6 +459,8 @@ class KnowledgeDistillation(Callback):
             change_in_setup(trainer, pl_module, connect, arguments, by=self.state_key)
 
     def _detach(self) -> None:
+        if self._memories is not None:
+            self._memories.remove()
         if self._student is not None:
             self._student.remove()
         for term in self._terms.values():
@@ -408,6 +472,7 @@ class KnowledgeDistillation(Callback):
 
     def _check(self, trainer: Trainer) -> None:
         check_epoch(trainer, "KnowledgeDistillation", "warmup_epochs", self.warmup_epochs)
+        check_epoch(trainer, "KnowledgeDistillation", "initial_epochs", self.initial_epochs)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if sum(isinstance(c, KnowledgeDistillation) for c in callbacks) > 1:
             raise MisconfigurationException(
