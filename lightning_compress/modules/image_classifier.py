@@ -119,11 +119,7 @@ class ImageClassifier(LightningModule):
         return self(images).softmax(1)
 
     def _step(self, split: str, batch: Any, accuracy: MulticlassAccuracy, label_smoothing: float = 0.0) -> Tensor:
-        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-            raise MisconfigurationException(
-                f"{type(self).__name__}: the {split} batches must be (images, labels), got {_describe(batch)}."
-            )
-        images, labels = batch
+        images, labels = self.labelled(split, batch)
         logits = self(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         accuracy.update(logits, labels)
@@ -131,6 +127,14 @@ class ImageClassifier(LightningModule):
         log(f"{split}/loss", loss, prog_bar=split == "train")
         log(f"{split}/acc", accuracy, prog_bar=split != "train")
         return loss
+
+    def labelled(self, split: str, batch: Any) -> tuple[Tensor, Tensor]:
+        """The images and labels of a batch of that split, or an error that says what it is instead."""
+        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+            raise MisconfigurationException(
+                f"{type(self).__name__}: the {split} batches must be (images, labels), got {_describe(batch)}."
+            )
+        return batch[0], batch[1]
 
     def configure_optimizers(self) -> Any:
         return configured(self.parameters(), self.optimizer, self.lr_scheduler, self.lr_scheduler_interval, "val/loss")

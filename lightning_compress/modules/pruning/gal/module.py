@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed import DebugLevel, get_debug_level
 from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, StepLR
+from torch.optim.lr_scheduler import LRScheduler, StepLR
 
 from lightning_compress.core import plots
 from lightning_compress.core.losses import LossTermsMixin
@@ -36,6 +36,7 @@ from lightning_compress.core.surgery import (
     undo_changes,
 )
 from lightning_compress.core.weights import load_weights
+from lightning_compress.modules._optimizers import advance_schedules, gradient_scale
 from lightning_compress.modules.image_classifier import ImageClassifier
 from lightning_compress.modules.pruning.gal.adversary import (
     Regularizer,
@@ -277,7 +278,7 @@ class GAL(LossTermsMixin, ImageClassifier):
 
     def on_train_epoch_end(self) -> None:
         if self.phase == "search" or self.lr_scheduler_interval == "epoch":
-            self._advance_schedules()
+            advance_schedules(self.trainer)
 
     def on_fit_end(self) -> None:
         """Close the account; where the fit ends in the search, with what :meth:`prune` would leave."""
@@ -322,7 +323,7 @@ class GAL(LossTermsMixin, ImageClassifier):
         self.manual_backward(loss + self.loss_terms(loss, batch, batch_idx))
         optimizer.step()  # type: ignore[union-attr]
         if self.lr_scheduler_interval == "step":
-            self._advance_schedules()
+            advance_schedules(self.trainer)
 
     def _search_step(self, search: Search, batch: Any, batch_idx: int) -> None:
         images = batch if isinstance(batch, Tensor) else batch[0]
@@ -346,7 +347,7 @@ class GAL(LossTermsMixin, ImageClassifier):
         to_network.zero_grad()
         to_masks.zero_grad()
         self.manual_backward(loss + self.loss_terms(loss, batch, batch_idx))
-        scale = self._gradient_scale()
+        scale = gradient_scale(self.trainer)
         to_network.step()
         if (batch_idx + 1) % self.mask_step == 0:
             self._update_masks(cast(FISTA, to_masks.optimizer), scale, first=batch_idx + 1 == self.mask_step)
@@ -375,10 +376,6 @@ class GAL(LossTermsMixin, ImageClassifier):
             if not bool((everywhere == mine).all()):
                 raise RuntimeError(f"GAL: the masks of rank {self.trainer.global_rank} are not those of the others.")
 
-    def _gradient_scale(self) -> float:
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        return 1.0 if scaler is None else float(scaler.get_scale())
-
     def _average_gradients(self, module: nn.Module) -> None:
         """What DDP does for all other parameters: it expects one backward pass per step, of one and the same set."""
         if self.trainer.world_size > 1:
@@ -401,14 +398,6 @@ class GAL(LossTermsMixin, ImageClassifier):
             FISTA(self.search.masks.values(), lr=self.lr, gamma=self.lambda_),
         ]
         return optimizers, [StepLR(optimizer, self.lr_decay_step) for optimizer in optimizers]
-
-    def _advance_schedules(self) -> None:
-        for config in self.trainer.lr_scheduler_configs:
-            if isinstance(config.scheduler, ReduceLROnPlateau):
-                monitor = getattr(config.scheduler, "monitor", "val/loss")
-                config.scheduler.step(self.trainer.callback_metrics[monitor])
-            else:
-                config.scheduler.step()
 
     # ---- the cut
 

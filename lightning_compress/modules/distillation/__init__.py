@@ -1,0 +1,1 @@
+"""Distillation methods that are training systems: networks that teach each other."""
