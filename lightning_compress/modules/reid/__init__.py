@@ -1,0 +1,1 @@
+"""Finding persons again in other cameras."""
