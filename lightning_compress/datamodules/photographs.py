@@ -4,7 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from lightning_compress.datamodules._pairs import Pair, Split, SuperResolutionData, as_tensor
+
+
+def photographs(split: Split) -> dict[str, np.ndarray]:
+    """The images of a split by name: (H, W, 3), uint8."""
+    from skimage import data  # takes longer to import than all else that `lc --help` needs
+
+    if split == "train":
+        return {
+            "coffee": data.coffee(),
+            "rocket": data.rocket(),
+            **dict(zip(("motorcycle_left", "motorcycle_right"), data.stereo_motorcycle()[:2], strict=True)),
+            "hubble_deep_field": data.hubble_deep_field(),
+            "retina": data.retina(),
+            "tissue": data.immunohistochemistry(),
+        }
+    return {"astronaut": data.astronaut()} if split == "val" else {"cat": data.cat()}
 
 
 class Photographs(SuperResolutionData):
@@ -44,19 +62,5 @@ class Photographs(SuperResolutionData):
         super().__init__(scale, patch_size, batch_size, samples_per_epoch, num_workers, seed, augment)
 
     def read(self, split: Split) -> Mapping[str, Sequence[Pair]]:
-        from skimage import data  # takes longer to import than all else that `lc --help` needs
-
-        images = {
-            "train": lambda: {
-                "coffee": data.coffee(),
-                "rocket": data.rocket(),
-                **dict(zip(("motorcycle_left", "motorcycle_right"), data.stereo_motorcycle()[:2], strict=True)),
-                "hubble_deep_field": data.hubble_deep_field(),
-                "retina": data.retina(),
-                "tissue": data.immunohistochemistry(),
-            },
-            "val": lambda: {"astronaut": data.astronaut()},
-            "test": lambda: {"cat": data.cat()},
-        }[split]()
-        pairs = [Pair.of(name, as_tensor(image), self.scale) for name, image in images.items()]
+        pairs = [Pair.of(name, as_tensor(image), self.scale) for name, image in photographs(split).items()]
         return {self.test_names[0] if split == "test" else split: pairs}

@@ -12,11 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from lightning_compress.datamodules._images import absent
+from lightning_compress.datamodules._images import absent, image_files, open_image
 from lightning_compress.datamodules._pairs import Pair, Split, SuperResolutionData, as_tensor
 
 LAYOUTS = (
@@ -33,20 +31,14 @@ def find_files(folder: Path, scale: int) -> list[tuple[Path, Path | None]]:
     if paired.is_dir():
         return [
             (high, _existing(high.with_name(f"{high.stem.removesuffix('_HR')}_LR{high.suffix}")))
-            for high in _images(paired)
+            for high in image_files(paired)
             if high.stem.endswith("_HR")
         ]
     if (folder / "HR").is_dir():
         highs, lows = folder / "HR", folder / "LR_bicubic" / f"X{scale}"
     else:
         highs, lows = folder, folder.with_name(f"{folder.name.removesuffix('_HR')}_LR_bicubic") / f"X{scale}"
-    return [(high, _existing(lows / f"{high.stem}x{scale}{high.suffix}")) for high in _images(highs)]
-
-
-def _images(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMG_EXTENSIONS)
+    return [(high, _existing(lows / f"{high.stem}x{scale}{high.suffix}")) for high in image_files(highs)]
 
 
 def _existing(path: Path) -> Path | None:
@@ -171,8 +163,4 @@ class SuperResolutionFolder(SuperResolutionData):
 
 def _read(file: Path) -> Tensor:
     """(3, H, W), uint8."""
-    try:
-        with Image.open(file) as image:
-            return as_tensor(np.array(image.convert("RGB")))  # asarray would not be writable
-    except OSError as error:
-        raise MisconfigurationException(f"{file} cannot be read as an image: {error}") from error
+    return as_tensor(np.array(open_image(file)))  # asarray would not be writable
