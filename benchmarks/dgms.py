@@ -10,18 +10,14 @@ the allocator's caches. Whole training steps of the network with both are told b
 
 from __future__ import annotations
 
-import ctypes
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from _alternate import Claim, best_times, machine, milliseconds, report, threads
+from _memory import peak, watched
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models import resnet18
@@ -71,38 +67,14 @@ def step(soft: Soft, made: list[list[Tensor]]) -> None:
     torch.autograd.backward(outputs, [gradient for *_, gradient in made])
 
 
-def resident() -> int:
-    """Bytes of this process in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
-def peak(which: str) -> int:
-    """Bytes above the start while `step` runs once, in a new process."""
-    command = [sys.executable, __file__, "--peak", which]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
 def print_peak(which: str) -> None:
+    """Bytes above the start while `step` runs once."""
     torch.set_num_threads(1)
     made = layers()
     for *trained, _ in made:  # gradients are there in both cases
         for tensor in trained:
             tensor.grad = torch.zeros_like(tensor)
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before, highest, done = resident(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal highest
-        while not done.is_set():
-            highest = max(highest, resident())
-            time.sleep(0.002)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    step(plain if which == "plain" else soft_weight, made)
-    done.set()
-    watcher.join()
-    print(highest - before)
+    print(watched(partial(step, plain if which == "plain" else soft_weight, made)))
 
 
 class Plain(MixtureQuantizer):
@@ -153,7 +125,7 @@ def claims() -> Iterator[Claim]:
             at_most=True, detail=milliseconds(own, naive),
         )  # fmt: skip
         del made
-        small, large = peak("own"), peak("plain")
+        small, large = (peak(__file__, which) for which in ("own", "plain"))
         yield Claim(
             "... their peak memory / plain autograd's", small / large, 0.35, at_most=True,
             detail=f"{small / 2**20:.0f} against {large / 2**20:.0f} MiB",

@@ -9,17 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from jsonargparse import _typehints
 from lightning.pytorch import Trainer
 
 from lightning_compress import callbacks
 from lightning_compress.callbacks.pruning.hrank.callback import stage_order
 from lightning_compress.callbacks.pruning.hrank.published import out_only
-from lightning_compress.catalog import CARDS, CONFIGS, Row, cards, config_names
+from lightning_compress.catalog import CARDS, CONFIGS, Row, card, cards, config_names
 from lightning_compress.cli.configs import find_config, summary
 from lightning_compress.cli.lightning_cli import CompressCLI
 from lightning_compress.core.profile import profile
 from lightning_compress.core.surgery import ChannelGraph, allocate, apply_cuts
-from lightning_compress.modules import ImageClassifier, SuperResolution
+from lightning_compress.modules import CrossModalReID, CycleGAN, ImageClassifier, Pix2Pix, SuperResolution
+from lightning_compress.modules.translation.online_teacher import length
 
 NAMES = config_names()
 # What a fragment needs beside it to be a whole.
@@ -30,6 +32,17 @@ REST = {
     "model/lenet5": ["data/mnist"],
     **{name: ["model/edsr_baseline"] for name in ("data/photographs", "data/div2k")},
     **{name: ["data/photographs"] for name in ("model/edsr_baseline", "model/rdn")},
+    **{f"data/{name}": ["model/pix2pix"] for name in ("paired_photographs", "facades", "cityscapes_pairs")},
+    "data/edges2shoes": ["model/pix2pix_resnet"],
+    **{f"data/{name}": ["model/cycle_gan"] for name in ("unpaired_photographs", "horse2zebra")},
+    **{name: ["data/paired_photographs"] for name in ("model/pix2pix", "model/pix2pix_resnet")},
+    "model/cycle_gan": ["data/unpaired_photographs"],
+    **{name: ["method/cross_modal_reid"] for name in ("data/two_view_digits", "data/sysu_mm01", "data/regdb")},
+    "method/cross_modal_reid": ["data/two_view_digits"],
+    "method/wavelet_distillation": ["data/paired_photographs", "model/pix2pix"],
+    **{name: ["data/unpaired_photographs", "model/cycle_gan"] for name in ("method/dmad", "method/co_attention")},
+    "method/dcd": ["data/unpaired_photographs", "model/cycle_gan"],
+    "method/crd": ["data/paired_photographs", "model/pix2pix_resnet"],
 }
 
 
@@ -45,14 +58,17 @@ def parser() -> Any:
 
 @cache  # 0.2 s each
 def parse(name: str) -> Any:
-    return parser().parse_args(arguments(name))
+    listed = cache(_typehints.get_all_subclass_paths)  # all subclasses of nn.Module, for every name of a network
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_typehints, "get_all_subclass_paths", listed)
+        return parser().parse_args(arguments(name))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parses(name: str):
     config = parse(name)
     model: Any = locate(config.model.class_path)
-    assert issubclass(model, (ImageClassifier, SuperResolution))
+    assert issubclass(model, (ImageClassifier, SuperResolution, CrossModalReID, Pix2Pix, CycleGAN))
     if name.startswith("method/") and model is ImageClassifier:  # else the method is the model
         assert len(config.trainer.callbacks) == 1
 
@@ -81,6 +97,27 @@ def test_builds_and_enlarges(name: str, scale: int):
     assert large.shape == (2, 3, cli.datamodule.patch_size, cli.datamodule.patch_size)
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "fakes"),
+    [
+        ("pix2pix", 64, 1),
+        ("cycle_gan", 64, 6),
+        ("model/pix2pix_resnet", 64, 1),
+        ("data/edges2shoes", 256, 1),
+        ("data/facades", 256, 1),
+        ("data/horse2zebra", 256, 6),
+    ],
+)
+def test_builds_and_translates(name: str, size: int, fakes: int):
+    with torch.device("meta"):  # where metrics would look at their features
+        cli = CompressCLI([*arguments(name), "--trainer.logger", "false", "--model.metrics", "null"], run=False)
+        assert isinstance(cli.model, (Pix2Pix, CycleGAN))
+        assert cli.model.input_shape == cli.datamodule.input_shape == (3, size, size)
+        made = cli.model.compute_fakes({kind: torch.zeros(1, 3, size, size) for kind in "ab"})
+    assert {image.shape for image in made.values()} == {(1, 3, size, size)}
+    assert cli.trainer.max_epochs == cli.model.n_epochs + cli.model.n_epochs_decay
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_says_what_it_is(name: str):
     lines = find_config(name).read_text(encoding="utf-8").splitlines()
@@ -102,6 +139,26 @@ def test_no_config_is_empty_or_elsewhere():
 
 
 # ---- cost of the papers' rows
+
+
+@pytest.mark.parametrize("row", [r for slug in ("dcd", "crd") for r in card(slug).published], ids=lambda r: r.config)
+def test_a_students_recipe_costs_what_the_paper_printed(row: Row):
+    network = parse(row.config).model.init_args.student
+    with torch.device("meta"):
+        student = locate(network.class_path)(**network.init_args.as_dict())  # type: ignore[operator]
+    cost = profile(student, (1, 3, 256, 256), convention="gan")
+    assert cost.cost == pytest.approx(row.result["macs"], rel=0.001)
+    assert cost.params == pytest.approx(row.result["params"], rel=0.005)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n.startswith(("recipes/dcd", "recipes/crd", "method/dcd"))])
+def test_a_recipe_in_turns_is_as_long_as_it_must_be(name: str):
+    config = parse(name)
+    model = config.model.init_args
+    epochs = model.n_epochs + model.n_epochs_decay
+    turns = config.model.class_path.endswith("CycleGAN")
+    assert config.trainer.max_epochs == (length(epochs, model.phase_epochs, model.student_ratio) if turns else epochs)
+    assert not turns or model.phase_epochs % config.trainer.check_val_every_n_epoch == 0
 
 
 @cache

@@ -1,9 +1,14 @@
 """Callbacks: what you add to a Trainer, for any LightningModule."""
 
+from lightning_compress.callbacks.distillation.co_attention import CoAttentionDistillation
+from lightning_compress.callbacks.distillation.kcd import KCD
 from lightning_compress.callbacks.distillation.knowledge_distillation import KnowledgeDistillation
+from lightning_compress.callbacks.distillation.variational_distillation import VariationalDistillation
+from lightning_compress.callbacks.distillation.wavelet_distillation import WaveletDistillation
 from lightning_compress.callbacks.export_compressed import ExportCompressed
 from lightning_compress.callbacks.pruning.abc_pruner import ABCPruner
 from lightning_compress.callbacks.pruning.architecture_decoupling import ArchitectureDecoupling
+from lightning_compress.callbacks.pruning.dmad import DMAD
 from lightning_compress.callbacks.pruning.filter_sketch import FilterSketch
 from lightning_compress.callbacks.pruning.hrank import HRank
 from lightning_compress.callbacks.pruning.kse import KSE
@@ -29,6 +34,8 @@ from lightning_compress.callbacks.sparsity.pconv import PCONV
 __all__ = [
     "ADMMNN",
     "DGMS",
+    "DMAD",
+    "KCD",
     "KSE",
     "LBC",
     "LTS",
@@ -40,6 +47,7 @@ __all__ = [
     "SSR",
     "ABCPruner",
     "ArchitectureDecoupling",
+    "CoAttentionDistillation",
     "ExportCompressed",
     "FilterSketch",
     "HRank",
@@ -51,5 +59,7 @@ __all__ = [
     "RandomChannels",
     "RestoreCompressed",
     "SiMaN",
+    "VariationalDistillation",
+    "WaveletDistillation",
     "WhiteBox",
 ]

@@ -10,6 +10,9 @@ from lightning_compress.catalog import CARDS, PLANNED, READY, Card, Row, card, m
 from lightning_compress.cli.text import columns
 from lightning_compress.core.select import did_you_mean
 
+# What tells how good a result is, and the head of its column.
+QUALITIES = {"top1": "top-1", "psnr": "PSNR", "rank1": "rank-1"}
+
 
 def main(args: Sequence[str]) -> None:
     """List the methods, or show one with its published results."""
@@ -56,11 +59,11 @@ def _show(c: Card) -> None:
         print("\nconfigs", *(f"  {name}" for name in c.configs), sep="\n")
     if c.published:
         print("\npublished")
-        quality = "PSNR" if "psnr" in c.published[0].result else "top-1"
+        quality = next((name for key, name in QUALITIES.items() if key in c.published[0].result), "top-1")
         print(columns([("network", "data", quality, "MACs", "params", "setting"), *map(_published, c.published)]))
 
 
 def _published(row: Row) -> tuple[str, ...]:
-    quality = next((f"{row.result[key]:.2f}" for key in ("top1", "psnr") if key in row.result), "-")
+    quality = next((f"{row.result[key]:.2f}" for key in QUALITIES if key in row.result), "-")
     cost = tuple(f"{row.result[key] / 1e6:.2f}M" if key in row.result else "-" for key in ("macs", "params"))
     return row.network, row.data, quality, *cost, row.setting

@@ -25,7 +25,7 @@ def main(args: Sequence[str]) -> None:
     parser.add_argument("network", nargs="?", help="resnet56, torchvision/resnet50, timm/vit_..., a class path")
     parser.add_argument("--init", nargs="*", default=[], help="its arguments, as in num_classes=100")
     parser.add_argument("--checkpoint", help="profile the network of this checkpoint")
-    parser.add_argument("--convention", type=Literal["macs", "flops", "paper"], default="macs")
+    parser.add_argument("--convention", type=Literal["macs", "flops", "paper", "gan"], default="macs")
     parser.add_argument("--latency", action="store_true", help="measure the time of one forward as well")
     parser.add_argument("--json", action="store_true", help="print JSON")
     given = parser.parse_args(list(args))

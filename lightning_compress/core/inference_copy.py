@@ -29,6 +29,7 @@ def inference_copy(module: nn.Module) -> nn.Module:
       they are part of the function: torch's own (``weight_norm``, ``spectral_norm``, ``prune``), and those with
       an attribute ``part_of_function`` that is true, which are copied with the module.
     * Modules with an attribute ``training_only`` that is true are left out; None is in their place.
+    * Modules with an attribute ``deployed`` are replaced by their child of that name, which speaks for them in eval.
     * Parametrised weights (masks, fake quantisers, low-rank products) are replaced by their value.
     * Compiled modules are replaced by what they were compiled from.
 
@@ -43,6 +44,9 @@ def inference_copy(module: nn.Module) -> nn.Module:
         for name, child in list(submodule.named_children()):
             if getattr(child, "training_only", False):
                 setattr(submodule, name, None)
+            elif hasattr(child, "deployed"):  # in a container, so that names stay
+                speaker = str(child.deployed)
+                setattr(submodule, name, nn.Sequential(OrderedDict([(speaker, child.get_submodule(speaker))])))
         if parametrize.is_parametrized(submodule):
             _bake(submodule)
     return clone
@@ -67,6 +71,24 @@ def plain_copy(module: nn.Module) -> nn.Module:
         if "_trainer" in vars(submodule):
             vars(submodule)["_trainer"] = None
     return clone
+
+
+def not_deployed(module: nn.Module) -> set[str]:
+    """Names of the submodules that :func:`inference_copy` leaves out since they have an attribute ``deployed``.
+
+    >>> network = nn.Sequential(nn.ModuleDict({"one": nn.Linear(2, 3), "other": nn.Linear(2, 3)}))
+    >>> network[0].deployed = "other"
+    >>> sorted(not_deployed(network))
+    ['0', '0.one']
+    """
+    names = [name for name, _ in module.named_modules()]
+    left_out: set[str] = set()
+    for name, submodule in module.named_modules():
+        if isinstance(getattr(submodule, "deployed", None), str):
+            kept = f"{name}.{submodule.deployed}"
+            inside = {n for n in names if n == name or n.startswith(f"{name}.")}
+            left_out |= {n for n in inside if n != kept and not n.startswith(f"{kept}.")}
+    return left_out
 
 
 def _bake(module: nn.Module) -> None:

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_compress.core.select import did_you_mean
 
-CONVENTIONS = ("macs", "flops", "paper")
+CONVENTIONS = ("macs", "flops", "paper", "gan")
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class LayerProfile:
         outputs: elements of its output for one image, all calls together; 0 if it was not called.
         shape: shape of its last output without the batch dimension.
         bias: whether it has a bias parameter.
+        zeros: products with the zeros that a transposed convolution can be thought to put between its inputs, for one
+            image; nothing computes them, ``macs`` leaves them out.
     """
 
     name: str
@@ -55,11 +57,14 @@ class LayerProfile:
     outputs: int = 0
     shape: tuple[int, ...] = ()
     bias: bool = False
+    zeros: int = 0
 
     def cost(self, convention: str = "macs", *, bn_ops: int = 2, conv_bias: bool = True) -> int:
         """Cost in a counting convention, see :func:`profile`; the keywords adjust ``"paper"``."""
         if convention == "flops":
             return 2 * self.macs
+        if convention == "gan":
+            return self.macs + self.zeros
         if convention == "paper" and self.kind == "batchnorm":
             return self.macs + bn_ops * self.outputs
         if convention == "paper" and self.kind == "conv" and self.bias and conv_bias:
@@ -116,7 +121,7 @@ class Profile:
 
     def table(self) -> Table:
         """A table for ``rich.print``: a row per layer, totals in the footer."""
-        title = {"macs": "MACs", "flops": "FLOPs", "paper": "MACs (paper)"}[self.convention]
+        title = {"macs": "MACs", "flops": "FLOPs", "paper": "MACs (paper)", "gan": "MACs (GAN)"}[self.convention]
         table = Table(show_footer=True)
         table.add_column("layer", "total", overflow="fold")
         table.add_column("type")
@@ -144,7 +149,9 @@ def profile(module: nn.Module, example_input: Any, *, convention: str = "macs") 
             tensors that share its size) one image is used.
         convention: what :attr:`Profile.cost` and the table show. ``"macs"``: multiply-accumulates of
             convolutions, linear layers and matrix products. ``"flops"``: twice that. ``"paper"``: MACs plus 2
-            per output element of a batch norm plus 1 per output element of a convolution with bias.
+            per output element of a batch norm plus 1 per output element of a convolution with bias. ``"gan"``: MACs,
+            with a transposed convolution charged a filter for each place of its output instead of its input, as
+            papers on image translation count.
 
     Raises:
         ValueError: if ``convention`` is none of these, or if the forward fails on ``example_input``.
@@ -269,6 +276,7 @@ class _Row:
     """What is gathered for one module while the forward runs."""
 
     macs: int = 0
+    zeros: int = 0
     outputs: int = 0
     shape: tuple[int, ...] = ()
     ops: set[str] = field(default_factory=set)
@@ -328,6 +336,7 @@ class _Counter(TorchDispatchMode):
         if op in _MACS and self.stack and not self.muted:
             row = self.stack[-1]
             row.macs += _MACS[op](args, out)
+            row.zeros += _inserted(args, out) if op == "convolution" else 0
             row.ops.add(op)
         return out
 
@@ -352,6 +361,7 @@ class _Counter(TorchDispatchMode):
                         outputs=row.outputs,
                         shape=row.shape,
                         bias=isinstance(getattr(module, "bias", None), Tensor),
+                        zeros=row.zeros,
                     )
                 )
                 counted.update(own)
@@ -363,6 +373,12 @@ def _convolution(args: Sequence[Any], out: Tensor) -> int:
     x, weight, transposed = args[0], args[1], args[6]
     places = x if transposed else out
     return places.shape[0] * math.prod(places.shape[2:]) * weight.numel()
+
+
+def _inserted(args: Sequence[Any], out: Tensor) -> int:
+    # A transposed convolution is a convolution over its input with zeros in between: what these would cost.
+    x, weight, transposed = args[0], args[1], args[6]
+    return (out[:, 0].numel() - x[:, 0].numel()) * weight.numel() if transposed else 0
 
 
 def _recurrent(args: Sequence[Any], out: Any) -> int:

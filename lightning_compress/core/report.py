@@ -19,7 +19,7 @@ from torch import nn
 
 from lightning_compress.core.account import Account
 from lightning_compress.core.example_input import find_example_input
-from lightning_compress.core.inference_copy import inference_copy
+from lightning_compress.core.inference_copy import inference_copy, not_deployed
 from lightning_compress.core.measurement import LayerCost, LayerRow, Measurement, count, measure, time_in_turns
 from lightning_compress.core.surgery.compact import compact
 
@@ -107,7 +107,10 @@ def close_account(
     opened = _accounts.get(pl_module)
     if not trainer.is_global_zero or opened is None:
         return None
-    opened.bits.update({name.replace("_orig_mod.", ""): b for name, b in (bits or {}).items()})
+    # layers for which another speaks in evaluation, see `inference_copy`, have nothing to store
+    silent = not_deployed(pl_module)
+    own_bits = {name: b for name, b in (bits or {}).items() if name not in silent}
+    opened.bits.update({name.replace("_orig_mod.", ""): b for name, b in own_bits.items()})
     opened.costs.update(costs or {})
     news = bool(bits) or bool(costs) or opened.account is None
     if news:

@@ -5,18 +5,24 @@ A new method is its `Card`. If its defaults are too long for a few digits, it ad
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import foreign
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+import yaml
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from torch import nn
 
 import lightning_compress.callbacks
 from lightning_compress.catalog import READY, Card, cards
+from lightning_compress.cli.configs import find_config
 
 EPOCHS = 4
 START_EPOCH = 2
@@ -59,6 +65,20 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
                                         "angle": 1.0, "contrast": 0.1}, "features": {
                                         "hints": {"net.blocks.?": "blocks.?"}, "angle": {"net.stem": "stem"}},
                                         "warmup_epochs": 2, "task_weight": 0.5},
+    "knowledge_distillation maps": {"teacher": foreign.made().net, "losses": {"boundary": 1.0, "factors": 10.0,
+                                    "information": 1.0, "noise_contrast": 0.1}, "contrast_negatives": 16,
+                                    "initial_epochs": 1, "features": {t: {"net.blocks.?": "blocks.?"} for t in (
+                                    "boundary", "factors", "information")}},
+    "variational_distillation": {"z_dim": 4, "hidden": [8], "classifier_dim": 8},
+    "variational_distillation representation": {"z_dim": 4, "hidden": [8], "classifier_dim": 8, "weight": 0.2,
+                                                "kl_mode": "kl", "deploy": "representation"},
+    "ffsd": {"warmup_epochs": 2, "network": {"class_path": "lightning_compress.networks.CIFARResNet",
+             "init_args": {"depth": 8, "in_channels": 1, "widths": [4, 4, 8, 8]}}},
+    "kcd": {"teacher": foreign.made().net, "every_n_epochs": 1, "keep_ratio": 0.85},  # as many batches, to the end
+    "cross_modal_reid": {"gather": True},
+    "dcd": {"n_epochs": 1, "n_epochs_decay": 1, "phase_epochs": 1, "student_ratio": 1},
+    "online_distillation": {"network": {"class_path": "lightning_compress.networks.CIFARResNet",
+                            "init_args": {"depth": 8, "in_channels": 1}}, "num_students": 2},
     "pcnn": {"n": 2, "end_epoch": 3, "every_n_epochs": 1},
     "pams four_bits": {"weight_bits": 4, "activation_bits": 4, "ema_epoch": 2, "init": "ema"},
     "pconv": {"connectivity": 2.0, "end_epoch": 3, "every_n_epochs": 1},
@@ -67,12 +87,18 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 
 # Slug -> classes of callbacks that stand before it, without which it refuses to work.
 COMPANIONS: dict[str, list[str]] = {"lts": ["QAT"]}
+# Callbacks that a classifier is nothing for -> what makes their own recipe quick, with whose module and data they come.
+FROM_RECIPE: dict[str, tuple[str, ...]] = dict.fromkeys(
+    ("wavelet_distillation", "dmad", "co_attention"), ("--data.crop_size=32",)
+)
+# Likewise for methods that are modules.
+SMALLER = dict.fromkeys(("dcd", "crd"), ("--data.crop_size=48",))
 # Methods that compute less for every image, but keep all weights, and bring some.
 KEEP_WEIGHTS = ("architecture_decoupling",)
 # Methods with fewer different weights in layers as wide as before.
 KEEP_WIDTHS = (*KEEP_WEIGHTS, "kse")
 # Methods that learn widths from images: two processes, which see other ones, end with widths of their own.
-LEARN_WIDTHS = ("white_box",)
+LEARN_WIDTHS = ("white_box", "dmad")
 
 
 @dataclass
@@ -128,20 +154,25 @@ class Case:
     def parts(self, **changes: Any) -> Parts:
         """A callback goes onto a module that is not ours; a method that is a module comes as in its own recipe."""
         arguments = {**self.arguments, **changes}
-        if issubclass(self.cls, Callback):
+        if issubclass(self.cls, Callback) and self.card.slug not in FROM_RECIPE:
             data = {"train_dataloaders": foreign.digits(), "val_dataloaders": foreign.digits(32, 64)}
             others = [getattr(lightning_compress.callbacks, name)() for name in COMPANIONS.get(self.card.slug, [])]
             callbacks = [*others, self.cls(**arguments)]
             return Parts(foreign.made(), callbacks, data, {"dataloaders": foreign.digits(32, 64)})
-        from lightning_compress.callbacks import ExportCompressed
-        from lightning_compress.cli.lightning_cli import CompressCLI
+        if issubclass(self.cls, Callback):
+            given = (f"--config={_changed_recipe(self.card, arguments)}", *FROM_RECIPE[self.card.slug])
+        else:
+            changed = (f"--model.init_args.{name}={value}" for name, value in arguments.items())
+            given = (f"--config=recipes/{self.card.slug}/quick", *changed, *SMALLER.get(self.card.slug, ()))
+        module, own, datamodule = copy.deepcopy(_from_recipe(given))
+        return Parts(module, own, {"datamodule": datamodule}, {"datamodule": datamodule})
 
-        given = [f"--model.init_args.{name}={value}" for name, value in arguments.items()]
-        recipe = CompressCLI([f"--config=recipes/{self.card.slug}/quick", *given], run=False)
-        own = [c for c in recipe.trainer.callbacks if type(c).__module__.startswith("lightning_compress")]
-        own = [c for c in own if not isinstance(c, ExportCompressed)]  # longer than the fit, and checked on its own
-        data = {"datamodule": recipe.datamodule}
-        return Parts(recipe.model, own, data, data)
+    def networks(self) -> dict[str, nn.Module]:
+        """What the module's constructor has to be given beside a checkpoint, which holds no networks."""
+        module = self.parts().module
+        parameters = inspect.signature(type(module)).parameters
+        needed = [n for n, p in parameters.items() if p.default is p.empty and n not in module.hparams]
+        return {name: child for name, child in module.named_children() if name in needed}
 
     def fit(
         self, root: Path, *others: Callback, parts: Parts | None = None, ckpt_path: Any = None, **kwargs: Any
@@ -168,6 +199,26 @@ class Finished:
 
     def checkpoint(self, epoch: int) -> Path:
         return self.root / f"epoch={epoch}.ckpt"
+
+
+@cache  # a second each, and every check wants its own
+def _from_recipe(given: tuple[str, ...]) -> tuple[LightningModule, list[Callback], LightningDataModule]:
+    """Build module, callbacks of ours and datamodule from a command line."""
+    from lightning_compress.callbacks import ExportCompressed
+    from lightning_compress.cli.lightning_cli import CompressCLI
+
+    recipe = CompressCLI([*given], run=False)
+    own = [c for c in recipe.trainer.callbacks if type(c).__module__.startswith("lightning_compress")]
+    own = [c for c in own if not isinstance(c, ExportCompressed)]  # longer than the fit, and checked on its own
+    return recipe.model, own, recipe.datamodule
+
+
+def _changed_recipe(card: Card, arguments: dict[str, Any]) -> str:
+    """The quick recipe of a callback with changed arguments, in one line."""
+    recipe = yaml.safe_load(find_config(f"recipes/{card.slug}/quick").read_text(encoding="utf-8"))
+    entry = next(entry for entry in recipe["trainer"]["callbacks"] if entry["class_path"] == card.name)
+    entry["init_args"] = {**entry.get("init_args", {}), **arguments}
+    return json.dumps(recipe)
 
 
 def variants(card: Card) -> Iterator[Case]:

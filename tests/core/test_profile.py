@@ -75,6 +75,25 @@ def test_conventions():
     assert paper.cost == paper.paper_macs() == macs + 2 * 4 * places + 4 * places
     assert paper.paper_macs(bn_ops=4, conv_bias=False) == macs + 4 * 4 * places
     assert paper.macs == macs
+    assert profile(net, (1, 3, 8, 8), convention="gan").cost == macs
+
+
+@pytest.mark.parametrize(
+    ("layer", "out"),
+    [
+        (nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1), 10 * 10),
+        (nn.ConvTranspose2d(4, 6, 4, stride=2, padding=1, groups=2), 10 * 10),
+        (nn.ConvTranspose2d(4, 6, 3, stride=1), 7 * 7),
+        (nn.ConvTranspose1d(4, 6, 3, stride=2), 11),
+    ],
+)
+def test_papers_on_gans_count_the_places_of_the_output(layer: nn.Module, out: int):
+    """Of a transposed convolution; what is computed are those of the input."""
+    shape = (3, 4, 5, 5) if isinstance(layer, nn.ConvTranspose2d) else (3, 4, 5)
+    found = profile(layer, shape, convention="gan")
+    assert found.cost == out * layer.weight.numel()
+    assert found.macs == (25 if len(shape) == 4 else 5) * layer.weight.numel()
+    assert "MACs (GAN)" in str([column.header for column in found.table().columns])
 
 
 def test_layers_in_the_order_of_execution():
@@ -218,7 +237,7 @@ def test_table_and_dict():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"convention must be one of macs, flops, paper, got 'tp'"):
+    with pytest.raises(ValueError, match=r"convention must be one of macs, flops, paper, gan, got 'tp'"):
         profile(resnet20(), (1, 3, 32, 32), convention="tp")
     with pytest.raises(ValueError, match=r"example_input does not suit CIFARResNet: .* \[\(1, 4, 32, 32\)\]"):
         profile(resnet20(), (1, 4, 32, 32))

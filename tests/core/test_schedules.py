@@ -77,6 +77,13 @@ def test_multistep_with_warmup_is_the_published_imagenet_schedule(n: int) -> Non
 
 
 @pytest.mark.parametrize("n", [1, 3])
+def test_multistep_that_counts_from_1_is_ffsds_imagenet_schedule(n: int) -> None:
+    expected = [published(e, i, n, 0.1 * 0.1 ** (e // 30 + (e >= 80))) for e in range(1, 91) for i in range(n)]
+    arguments = {"milestones": [30, 60, 80, 90], "steps_per_epoch": n, "first_epoch": 1}
+    assert rates(WarmupMultiStep, 90 * n, **arguments) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("n", [1, 3])
 def test_cosine_with_warmup_is_the_published_schedule(n: int) -> None:
     expected = [published(e, i, n, 0.5 * 0.1 * (1 + cos(pi * (e - 5) / (20 - 5)))) for e in range(20) for i in range(n)]
     assert rates(WarmupCosine, 20 * n, epochs=20, steps_per_epoch=n) == pytest.approx(expected)
@@ -121,6 +128,14 @@ def test_schedule_errors() -> None:
         WarmupMultiStep(optimizer, steps_per_epoch=0)
     with pytest.raises(ValueError, match="warmup_epochs: expected 0 or more, got -1"):
         WarmupMultiStep(optimizer, warmup_epochs=-1)
+
+
+def test_a_warm_up_may_come_from_above_zero() -> None:
+    assert rates(WarmupMultiStep, 6, 1.0, milestones=[5], warmup_epochs=4, warmup_start=0.2) == pytest.approx(
+        [0.4, 0.6, 0.8, 1.0, 1.0, 0.1]
+    )
+    with pytest.raises(ValueError, match=r"warmup_start: expected a factor in \[0, 1\], got 1.5"):
+        rates(WarmupMultiStep, 1, 1.0, warmup_start=1.5)
 
 
 def test_admm_periods_restart_and_drop_by_thirds() -> None:
