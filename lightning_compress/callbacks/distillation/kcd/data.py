@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import Dataset, Subset
+from torchvision.datasets import VisionDataset
 
 from lightning_compress.callbacks.distillation.kcd.condensation import blend, shares
 from lightning_compress.core.training_samples import read
@@ -52,8 +53,6 @@ def stored_pixels(dataset: Any, indices: Tensor) -> Tensor | None:
     Returns:
         (n, ...), uint8.
     """
-    from torchvision.datasets import VisionDataset  # imported late: an unneeded second for those without it
-
     if isinstance(dataset, Subset):
         chosen = torch.as_tensor(dataset.indices)
         once = len(chosen.unique()) == len(chosen)  # or a blend would change two samples
