@@ -1,5 +1,10 @@
 """Keeps small operators from waiting for each other's threads, and tests that share a fixture in one process."""
 
+import os
+
+# also for other processes, and for Lightning: without it, it sets as many threads as there are cores once DDP is used
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
