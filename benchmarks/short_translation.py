@@ -59,13 +59,16 @@ class Run:
     seed: int
     teacher: Pix2Pix | None = None
 
+    def generator(self, **width: Any) -> UNetGenerator:
+        return UNetGenerator(downs=self.budget.size.bit_length() - 1, dropout=0.0, **width)
+
     def system(self, kind: type[Pix2Pix] = Pix2Pix, *, dense: bool = False, **arguments: Any) -> Pix2Pix:
         """A system that is not trained yet, of small networks or of dense ones; its class may be another."""
         budget = self.budget
         ngf, ndf = (budget.ngf, budget.ndf) if dense else (budget.small_ngf, budget.small_ndf)
         seed_everything(self.seed, verbose=False)
         arguments = {
-            "generator": UNetGenerator(ngf=ngf, downs=budget.size.bit_length() - 1, dropout=0.0),
+            "generator": self.generator(ngf=ngf),
             "discriminator": PatchDiscriminator(6, ndf=ndf, norm="batch"),
             "optimizer": partial(torch.optim.Adam, lr=budget.lr, betas=(0.5, 0.999)),
             "n_epochs": (budget.epochs + 1) // 2,
@@ -99,10 +102,18 @@ def wavelet(run: Run) -> nn.Module:
 
 
 def searched(run: Run) -> Pix2Pix:
-    """A dense system that DMAD has cut to the small one's MACs, for twice the time that others train."""
-    small, system = run.system().generator.widths, run.system(dense=True)
-    share = unet_generator_macs(small) / unet_generator_macs(system.generator.widths)
-    run.fit(system, DMAD(share, mask_weight_decay=0.1))
+    """A dense system that DMAD has cut to the small one's MACs, for twice the time that others train; it is kept."""
+    path = Path(run.budget.output, f"searched_{run.seed}.pt")
+    if not path.exists():
+        system = run.system(dense=True)
+        small = run.system().generator.widths
+        share = unet_generator_macs(small) / unet_generator_macs(system.generator.widths)
+        run.fit(system, DMAD(share, mask_weight_decay=run.budget.mask_weight_decay))
+        torch.save({"widths": system.generator.widths, "system": system.cpu().state_dict()}, path)
+    found = torch.load(path, weights_only=True)
+    system = run.system(dense=True, generator=run.generator(widths=found["widths"]))
+    names = system.state_dict()
+    system.load_state_dict({name: value for name, value in found["system"].items() if name in names})
     return system
 
 
@@ -233,6 +244,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--images", type=int, default=None, help="of each split")
     parser.add_argument("--alpha", type=float, default=20.0, help="weight of the wavelet loss, beside 100 of the L1")
+    parser.add_argument("--mask-weight-decay", type=float, default=0.1, help="of dmad")
     parser.add_argument("--vgg", default=None, help="weights of torchvision's VGG-16, for dcd and crd; else random")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--accelerator", default="auto")
