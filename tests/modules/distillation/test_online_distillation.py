@@ -12,14 +12,16 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from real_data import real_data
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 import lightning_compress
 from lightning_compress.callbacks import QAT
 from lightning_compress.core.profile import profile
 from lightning_compress.core.report import Account
+from lightning_compress.datamodules import CIFAR10
 from lightning_compress.modules import ImageClassifier, OnlineDistillation
 from lightning_compress.modules.distillation.online_distillation.cohort import Cohort, OnlineTeacher, find_maps
 from lightning_compress.modules.distillation.online_distillation.losses import online_losses
@@ -392,3 +394,26 @@ def test_an_export_holds_the_best_student_alone(tmp_path: Path) -> None:
     assert sum(p.numel() for p in program.parameters()) == sum(p.numel() for p in student.parameters())
     images = torch.randn(5, 1, 8, 8)
     torch.testing.assert_close(program.module()(images), student.eval()(images))
+
+
+@pytest.mark.real_data
+def test_on_real_photographs(tmp_path: Path) -> None:
+    """In some seconds all students learn, the teacher too, and the network that is deployed is the best of them."""
+    images = CIFAR10(str(real_data("cifar10.npz")), val_size=0, augment=False).splits.train
+    torch.manual_seed(0)
+    module = OnlineDistillation(
+        partial(CheapResNet, 8, kind="shift"), optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9),
+        lr_scheduler=None, channels_last=True,
+    )  # fmt: skip
+    trainer = foreign.make_trainer(tmp_path, max_epochs=6)
+    loader = DataLoader(Subset(images, range(128)), 16)
+    with foreign.no_pictures:
+        trainer.fit(module, loader, loader)
+    seen = trainer.callback_metrics
+    accuracies = [float(seen[f"val/student_{i}_acc"]) for i in range(4)]
+    assert min(accuracies) > 0.2
+    assert float(seen["val/teacher_acc"]) > 0.3
+    x, y = next(iter(DataLoader(Subset(images, range(128)), 128)))
+    with torch.no_grad():
+        deployed = float((module.best_student().eval()(x).argmax(1) == y).float().mean())
+    assert deployed == pytest.approx(max(accuracies), abs=1e-6)
