@@ -17,10 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import torch
 import torchvision
 from _alternate import Claim, best_times, machine, milliseconds, report, threads
+from _latency import in_runtime
 from torch import Tensor, nn
 
 from lightning_compress import export
@@ -31,7 +31,6 @@ from lightning_compress.core.quant.attach import quantize_input, quantize_weight
 from lightning_compress.core.quant.layers import choose_quantized
 from lightning_compress.core.quant.lsq import LSQInput, LSQWeight
 from lightning_compress.core.quant.observe import observe_inputs
-from lightning_compress.export import Exported
 from lightning_compress.networks import edsr_baseline
 
 REPEATS = 30
@@ -76,14 +75,6 @@ def compare(what: str, plain: nn.Module, quantized: nn.Module, x: Tensor, promis
             yield Claim(f"{what}, {kind}, against a float32 file", runtime / seconds, detail=detail)
             detail = f"{floats.bytes / 1e6:.2f} against {file.bytes / 1e6:.2f} MB"
             yield Claim(f"{what}, {kind}: bytes", floats.bytes / file.bytes, 3.8 if promised else None, detail=detail)
-
-
-def in_runtime(file: Exported, x: Tensor) -> Any:
-    """A call that runs a file on one thread."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(file.path, options, providers=["CPUExecutionProvider"])
-    return partial(session.run, None, {session.get_inputs()[0].name: x.numpy()})
 
 
 def settled(network: nn.Module, x: Tensor) -> nn.Module:
