@@ -32,10 +32,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lightning_compress.callbacks import DMAD, CoAttentionDistillation, WaveletDistillation
+from lightning_compress.core.distill.taps import Point, observe
 from lightning_compress.core.profile import profile
-from lightning_compress.datamodules import PairedImages
+from lightning_compress.datamodules import ImageFolder, PairedImages
 from lightning_compress.metrics import BandErrors, FrechetDistance
-from lightning_compress.modules import CRDPix2Pix, DCDPix2Pix, Pix2Pix
+from lightning_compress.modules import CRDPix2Pix, DCDPix2Pix, ImageClassifier, Pix2Pix
 from lightning_compress.modules.translation.online_teacher import OnlinePix2Pix
 from lightning_compress.modules.translation.system import grid
 from lightning_compress.networks import PatchDiscriminator, UNetGenerator, VGGFeatures
@@ -43,6 +44,19 @@ from lightning_compress.networks.unet_generator import unet_generator_macs
 
 DATA = Path(os.environ.get("LC_DATA", "."))
 WORSE_IF_HIGHER = ("frechet", "l1", "fine", "coarse")
+
+
+class StagesOfResNet(nn.Module):
+    """Images in [-1, 1] to the maps behind the three stages of the public ResNet-20, which knows CIFAR-10."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = ImageClassifier("resnet20", weights=str(DATA / "weights" / "resnet20-cifar10.pt")).network
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (ImageFolder.mean, ImageFolder.std))
+        stages = [Point(f"layer{i}") for i in (1, 2, 3)]
+        return observe(self.network, stages, ((images + 1) / 2 - mean) / std)[1]
 
 
 @dataclass(frozen=True)
@@ -129,10 +143,9 @@ def dmad_no_teacher(run: Run) -> nn.Module:
 def beside_its_teacher(run: Run, kind: type[OnlinePix2Pix], **arguments: Any) -> nn.Module:
     """The small generator, from a dense system that is trained beside it, from scratch and as long."""
     dense, small = run.system(dense=True), run.system()
-    perceptual = VGGFeatures(run.budget.vgg, width=64 if run.budget.vgg else 16)
     module = run.system(
         kind, generator=dense.generator, discriminator=dense.discriminator, student=small.generator,
-        perceptual_net=perceptual, **arguments,
+        perceptual_net=VGGFeatures(run.budget.vgg) if run.budget.vgg else StagesOfResNet(), **arguments,
     )  # fmt: skip
     run.fit(module)
     assert isinstance(module, OnlinePix2Pix)
@@ -245,7 +258,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=None, help="of each split")
     parser.add_argument("--alpha", type=float, default=20.0, help="weight of the wavelet loss, beside 100 of the L1")
     parser.add_argument("--mask-weight-decay", type=float, default=0.1, help="of dmad")
-    parser.add_argument("--vgg", default=None, help="weights of torchvision's VGG-16, for dcd and crd; else random")
+    parser.add_argument("--vgg", default=None, help="weights of torchvision's VGG-16, for dcd and crd; else ResNet-20")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--precision", default="32-true")
