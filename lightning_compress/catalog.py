@@ -76,7 +76,8 @@ class Card:
     @property
     def configs(self) -> tuple[str, ...]:
         """Names of the packaged configs of this method: its fragment, then its recipes."""
-        return tuple(n for n in config_names() if n == f"method/{self.slug}" or n.startswith(f"recipes/{self.slug}/"))
+        fragments = (f"method/{self.slug}", f"model/{self.slug}")
+        return tuple(n for n in config_names() if n in fragments or n.startswith(f"recipes/{self.slug}/"))
 
 
 def config_names() -> list[str]:
@@ -482,6 +483,19 @@ _DCD, _CRD = (
     for slug, fid in (("dcd", 48.24), ("crd", 46.61))
 )
 
+# As Li et al., arXiv:2003.08936, print them: what papers that compress generators begin with.
+_CYCLE_GAN, _PIX2PIX = (
+    tuple(
+        Row("ResNet generator", data, "ngf 64, 9 blocks", {score: value, "macs": 56_800_000_000, "params": 11_400_000},
+            f"recipes/{slug}/{data}")
+        for data, score, value in rows
+    )
+    for slug, rows in (
+        ("cycle_gan", [("horse2zebra", "fid", 65.75)]),
+        ("pix2pix", [("edges2shoes", "fid", 24.12), ("cityscapes", "miou", 42.06)]),
+    )
+)  # fmt: skip
+
 # The shares of MACs are to 56.8 G (CycleGAN) and 18.60 G (Pix2Pix); the paper lists no widths.
 _DMAD = tuple(
     Row(network, data, f"{ratio}x", {score: value, "macs": round(gmacs * 1e9), "params": params},
@@ -615,10 +629,10 @@ CARDS: tuple[Card, ...] = (
          published=_ONLINE_DISTILLATION),
     Card("cycle_gan", f"{_MODULES}.translation.cycle_gan.CycleGAN", "translation",
          "Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial Networks",
-         "Jun-Yan Zhu et al.", "ICCV 2017", "1703.10593"),
+         "Jun-Yan Zhu et al.", "ICCV 2017", "1703.10593", status=READY, published=_CYCLE_GAN),
     Card("pix2pix", f"{_MODULES}.translation.pix2pix.Pix2Pix", "translation",
          "Image-to-Image Translation with Conditional Adversarial Networks",
-         "Phillip Isola et al.", "CVPR 2017", "1611.07004"),
+         "Phillip Isola et al.", "CVPR 2017", "1611.07004", status=READY, published=_PIX2PIX),
     Card("dcd", f"{_MODULES}.translation.dcd.DCDCycleGAN", "distillation",
          "Discriminator-Cooperated Feature Map Distillation for GAN Compression",
          "Tie Hu et al.", "CVPR 2023", "2212.14169", status=READY, also=("DCDPix2Pix",), published=_DCD),

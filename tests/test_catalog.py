@@ -49,7 +49,7 @@ def test_ready_methods_are_complete(c: Card):
     source = importlib.import_module(c.class_path.rpartition(".")[0])
     assert f"arXiv:{c.arxiv}" in " ".join(source.__doc__.split()), "the module's docstring names the paper"
     assert f"recipes/{c.slug}/quick" in c.configs
-    assert f"method/{c.slug}" in c.configs
+    assert {f"method/{c.slug}", f"model/{c.slug}"} & set(c.configs)
     assert (ROOT / "docs" / "methods" / f"{c.slug}.md").is_file()
 
 

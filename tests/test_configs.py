@@ -100,8 +100,10 @@ def test_builds_and_enlarges(name: str, scale: int):
 @pytest.mark.parametrize(
     ("name", "size", "fakes"),
     [
-        ("pix2pix", 64, 1),
-        ("cycle_gan", 64, 6),
+        ("recipes/pix2pix/quick", 64, 1),
+        ("recipes/cycle_gan/quick", 64, 6),
+        ("recipes/pix2pix/cityscapes", 256, 1),
+        ("recipes/cycle_gan/summer2winter", 256, 6),
         ("model/pix2pix_resnet", 64, 1),
         ("data/edges2shoes", 256, 1),
         ("data/facades", 256, 1),
@@ -141,12 +143,24 @@ def test_no_config_is_empty_or_elsewhere():
 # ---- cost of the papers' rows
 
 
-@pytest.mark.parametrize("row", [r for slug in ("dcd", "crd") for r in card(slug).published], ids=lambda r: r.config)
-def test_a_students_recipe_costs_what_the_paper_printed(row: Row):
-    network = parse(row.config).model.init_args.student
+@pytest.mark.parametrize(
+    ("row", "part"),
+    [
+        pytest.param(row, part, id=row.config)
+        for slug, part in (
+            ("cycle_gan", "generator_ab"),
+            ("pix2pix", "generator"),
+            ("dcd", "student"),
+            ("crd", "student"),
+        )
+        for row in card(slug).published
+    ],
+)
+def test_a_generators_recipe_costs_what_the_paper_printed(row: Row, part: str):
+    network = parse(row.config).model.init_args[part]
     with torch.device("meta"):
-        student = locate(network.class_path)(**network.init_args.as_dict())  # type: ignore[operator]
-    cost = profile(student, (1, 3, 256, 256), convention="gan")
+        generator = locate(network.class_path)(**network.init_args.as_dict())  # type: ignore[operator]
+    cost = profile(generator, (1, 3, 256, 256), convention="gan")
     assert cost.cost == pytest.approx(row.result["macs"], rel=0.001)
     assert cost.params == pytest.approx(row.result["params"], rel=0.005)
 

@@ -76,6 +76,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
              "init_args": {"depth": 8, "in_channels": 1, "widths": [4, 4, 8, 8]}}},
     "kcd": {"teacher": foreign.made().net, "every_n_epochs": 1, "keep_ratio": 0.85},  # as many batches, to the end
     "cross_modal_reid": {"gather": True},
+    **{slug: {"n_epochs": 2, "n_epochs_decay": 2} for slug in ("pix2pix", "cycle_gan")},
     "dcd": {"n_epochs": 1, "n_epochs_decay": 1, "phase_epochs": 1, "student_ratio": 1},
     "online_distillation": {"network": {"class_path": "lightning_compress.networks.CIFARResNet",
                             "init_args": {"depth": 8, "in_channels": 1}}, "num_students": 2},
@@ -92,7 +93,7 @@ FROM_RECIPE: dict[str, tuple[str, ...]] = dict.fromkeys(
     ("wavelet_distillation", "dmad", "co_attention"), ("--data.crop_size=32",)
 )
 # Likewise for methods that are modules.
-SMALLER = dict.fromkeys(("dcd", "crd"), ("--data.crop_size=48",))
+SMALLER = dict.fromkeys(("cycle_gan", "dcd", "crd"), ("--data.crop_size=48",))
 # Methods that compute less for every image, but keep all weights, and bring some.
 KEEP_WEIGHTS = ("architecture_decoupling",)
 # Methods with fewer different weights in layers as wide as before.
