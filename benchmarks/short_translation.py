@@ -143,9 +143,11 @@ def dmad_no_teacher(run: Run) -> nn.Module:
 def beside_its_teacher(run: Run, kind: type[OnlinePix2Pix], **arguments: Any) -> nn.Module:
     """The small generator, from a dense system that is trained beside it, from scratch and as long."""
     dense, small = run.system(dense=True), run.system()
+    # gram matrices are divided by the number of channels, of which the ResNet has a tenth
+    perceptual = (VGGFeatures(run.budget.vgg), 1e4) if run.budget.vgg else (StagesOfResNet(), 1e3)
     module = run.system(
         kind, generator=dense.generator, discriminator=dense.discriminator, student=small.generator,
-        perceptual_net=VGGFeatures(run.budget.vgg) if run.budget.vgg else StagesOfResNet(), **arguments,
+        perceptual_net=perceptual[0], lambda_style=perceptual[1], lambda_adv=1.0, **arguments,
     )  # fmt: skip
     run.fit(module)
     assert isinstance(module, OnlinePix2Pix)
