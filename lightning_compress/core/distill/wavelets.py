@@ -17,7 +17,7 @@ level, and coarse levels weigh the more.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +47,10 @@ LOW_PASS: dict[str, tuple[float, ...]] = {
 }
 
 
-def haar(images: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Split images by slicing: (N, C, H, W) -> low, (horizontal, vertical, diagonal), each (N, C, H / 2, W / 2).
+def haar(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Split images by slicing: (N, C, H, W) -> low (N, C, H / 2, W / 2), details (3, N, C, H / 2, W / 2).
 
-    An odd row or column at the end gets a black one beside it.
+    Details are horizontal, vertical and diagonal. An odd row or column at the end gets a black one beside it.
 
     >>> low, details = haar(torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]))
     >>> low.item(), [band.item() for band in details]
@@ -59,14 +59,52 @@ def haar(images: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     height, width = images.shape[-2:]
     if height % 2 or width % 2:
         images = F.pad(images, (0, width % 2, 0, height % 2))
-    # as `images[..., ::2]`, but the gradient is put together in one go
-    left, right = images.unflatten(-1, (-1, 2)).unbind(-1)
-    top, bottom = ((left + right) / 2).unflatten(-2, (-1, 2)).unbind(-2)
-    top_step, bottom_step = ((left - right) / 2).unflatten(-2, (-1, 2)).unbind(-2)
-    return top + bottom, (top - bottom, top_step + bottom_step, top_step - bottom_step)
+    return _Haar.apply(images)
 
 
-def daubechies(images: Tensor, wavelet: Wavelet) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+class _Haar(torch.autograd.Function):
+    """Haar's transform is orthonormal: its gradient is the way back, of which autograd would make twice the passes."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+        top, bottom = images.unflatten(-2, (-1, 2)).unbind(-2)
+        left, right = (top + bottom).unflatten(-1, (-1, 2)).unbind(-1)
+        left_step, right_step = (top - bottom).unflatten(-1, (-1, 2)).unbind(-1)
+        details = images.new_empty(3, *left.shape)
+        torch.add(left_step, right_step, out=details[0])
+        torch.sub(left, right, out=details[1])
+        torch.sub(left_step, right_step, out=details[2])
+        return (left + right).div_(2), details.div_(2)
+
+    @staticmethod
+    def backward(ctx: Any, low: Tensor, details: Tensor) -> Tensor:
+        return _HaarBack.apply(low, details)
+
+
+class _HaarBack(torch.autograd.Function):
+    """Images of their bands."""
+
+    @staticmethod
+    def forward(ctx: Any, low: Tensor, details: Tensor) -> Tensor:
+        horizontal, vertical, diagonal = details / 2
+        low = low / 2
+        rows, row_steps = (low.new_empty(*low.shape, 2) for _ in range(2))
+        torch.add(low, vertical, out=rows[..., 0])
+        torch.sub(low, vertical, out=rows[..., 1])
+        torch.add(horizontal, diagonal, out=row_steps[..., 0])
+        torch.sub(horizontal, diagonal, out=row_steps[..., 1])
+        rows, row_steps = rows.flatten(-2), row_steps.flatten(-2)
+        images = low.new_empty(*rows.shape[:-1], 2, rows.shape[-1])
+        torch.add(rows, row_steps, out=images[..., 0, :])
+        torch.sub(rows, row_steps, out=images[..., 1, :])
+        return images.flatten(-3, -2)
+
+    @staticmethod
+    def backward(ctx: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+        return _Haar.apply(images)
+
+
+def daubechies(images: Tensor, wavelet: Wavelet) -> tuple[Tensor, Tensor]:
     """Split images by a convolution with the filters of an orthonormal wavelet; shapes as :func:`haar`.
 
     With filters of length L, a side of n gives floor((n + L - 1) / 2) coefficients. Images go on black, which keeps the
@@ -83,8 +121,7 @@ def daubechies(images: Tensor, wavelet: Wavelet) -> tuple[Tensor, tuple[Tensor, 
     padding = [_padding(length, taps) for length in (width, height)]
     padded = F.pad(images, (*padding[0], *padding[1])).flatten(0, 1)[:, None]
     split = F.conv2d(padded, bank, stride=2).unflatten(0, (count, channels))
-    band, *details = split.unbind(2)
-    return band, (details[0], details[1], details[2])
+    return split[:, :, 0], split[:, :, 1:].movedim(2, 0)
 
 
 def _padding(length: int, taps: int) -> tuple[int, int]:
@@ -93,15 +130,13 @@ def _padding(length: int, taps: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-def split(images: Tensor, wavelet: Wavelet = "haar") -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """One level of a transform: low, (horizontal, vertical, diagonal); see :func:`haar`."""
+def split(images: Tensor, wavelet: Wavelet = "haar") -> tuple[Tensor, Tensor]:
+    """One level of a transform: low, details; see :func:`haar`."""
     return haar(images) if wavelet == "haar" else daubechies(images, wavelet)
 
 
-def decompose(
-    images: Tensor, levels: int = 4, wavelet: Wavelet = "haar"
-) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
-    """Transform images (N, C, H, W): the low band of the last level, and the detail bands of all levels from the first.
+def decompose(images: Tensor, levels: int = 4, wavelet: Wavelet = "haar") -> tuple[Tensor, list[Tensor]]:
+    """Transform images (N, C, H, W): the low band of the last level, and the details of all levels from the first.
 
     >>> low, details = decompose(torch.ones(1, 3, 64, 64), levels=3)
     >>> low.shape, [bands[0].shape[-1] for bands in details]
@@ -135,14 +170,14 @@ def wavelet_loss(
         low, details = decompose(student.to(dtype) - teacher.detach().to(dtype), levels, wavelet)
         terms = []
         if bands != "low":
-            terms += [_mean_size(band) / len(DETAILS) for level in details for band in level]
+            terms += [_mean_size(level) for level in details]
         if bands != "high":
             terms.append(_mean_size(low))
         return torch.stack(terms).sum()
 
 
-def _mean_size(band: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(band, 1) / band.numel()  # a third faster than `band.abs().mean()`
+def _mean_size(bands: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(bands, 1) / bands.numel()  # a third faster than `bands.abs().mean()`
 
 
 class WaveletLoss(nn.Module):

@@ -182,6 +182,11 @@ def test_gradcheck(wavelet: Wavelet) -> None:
     assert torch.autograd.gradcheck(check, student.requires_grad_())
 
 
+def test_the_way_back_has_a_gradient_too() -> None:
+    image = randn(1, 2, 5, 6).requires_grad_()
+    assert torch.autograd.gradgradcheck(haar, image)
+
+
 def test_half_precision_around_it_changes_nothing() -> None:
     student, teacher = waves(torch.float32)
     loss = WaveletLoss()
