@@ -2,12 +2,13 @@
 
     LC_DATA=~/data python benchmarks/short_translation.py --output runs/translation
 
-From labels to photographs. The dense system is trained once and kept in the output folder, and so are the results of
-every setting and seed: a run that is stopped goes on where it was. All small generators cost about the same MACs, see
-the same images in the same order and train as long. Distances are Fréchet's between random features, which compare runs
-with each other and with nothing else; "l1" is the mean absolute difference from the photograph, images in [0, 1];
-"fine" and "coarse" are the errors of the finest and of the low band, see `BandErrors`. At the end, pictures.png: input,
-dense, every setting, photograph. Not part of `run_all.py`: it takes long and promises nothing.
+From labels to photographs; with `--embedded`, from scikit-image's photographs to their edges. The dense system is
+trained once and kept in the output folder, and so are the results of every setting and seed: a run that is stopped goes
+on where it was. All small generators cost about the same MACs, see the same images in the same order and train as long,
+DMAD's after a search of as long again. Distances are Fréchet's between random features, which compare runs with each
+other and with nothing else; "l1" is the mean absolute difference from the target, images in [0, 1]; "fine" and "coarse"
+are the errors of the finest and of the low band, see `BandErrors`. At the end, pictures.png: input, dense, every
+setting, target. Not part of `run_all.py`: it takes long and promises nothing.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lightning_compress.callbacks import DMAD, CoAttentionDistillation, WaveletDistillation
-from lightning_compress.core.distill.taps import Point, observe
 from lightning_compress.core.profile import profile
-from lightning_compress.datamodules import ImageFolder, PairedImages
+from lightning_compress.datamodules import PairedImages, PairedPhotographs
+from lightning_compress.datamodules._translation import TranslationData
 from lightning_compress.metrics import BandErrors, FrechetDistance
-from lightning_compress.modules import CRDPix2Pix, DCDPix2Pix, ImageClassifier, Pix2Pix
+from lightning_compress.modules import CRDPix2Pix, DCDPix2Pix, Pix2Pix
 from lightning_compress.modules.translation.online_teacher import OnlinePix2Pix
 from lightning_compress.modules.translation.system import grid
 from lightning_compress.networks import PatchDiscriminator, UNetGenerator, VGGFeatures
@@ -44,19 +45,6 @@ from lightning_compress.networks.unet_generator import unet_generator_macs
 
 DATA = Path(os.environ.get("LC_DATA", "."))
 WORSE_IF_HIGHER = ("frechet", "l1", "fine", "coarse")
-
-
-class StagesOfResNet(nn.Module):
-    """Images in [-1, 1] to the maps behind the three stages of the public ResNet-20, which knows CIFAR-10."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.network = ImageClassifier("resnet20", weights=str(DATA / "weights" / "resnet20-cifar10.pt")).network
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (ImageFolder.mean, ImageFolder.std))
-        stages = [Point(f"layer{i}") for i in (1, 2, 3)]
-        return observe(self.network, stages, ((images + 1) / 2 - mean) / std)[1]
 
 
 @dataclass(frozen=True)
@@ -143,11 +131,11 @@ def dmad_no_teacher(run: Run) -> nn.Module:
 def beside_its_teacher(run: Run, kind: type[OnlinePix2Pix], **arguments: Any) -> nn.Module:
     """The small generator, from a dense system that is trained beside it, from scratch and as long."""
     dense, small = run.system(dense=True), run.system()
-    # gram matrices are divided by the number of channels, of which the ResNet has a tenth
-    perceptual = (VGGFeatures(run.budget.vgg), 1e4) if run.budget.vgg else (StagesOfResNet(), 1e3)
+    # gram matrices are divided by the number of channels
+    perceptual, style = (VGGFeatures(run.budget.vgg), 1e4) if run.budget.vgg else (VGGFeatures(width=16), 1e3)
     module = run.system(
         kind, generator=dense.generator, discriminator=dense.discriminator, student=small.generator,
-        perceptual_net=perceptual[0], lambda_style=perceptual[1], lambda_adv=1.0, **arguments,
+        perceptual_net=perceptual, lambda_style=style, lambda_adv=1.0, **arguments,
     )  # fmt: skip
     run.fit(module)
     assert isinstance(module, OnlinePix2Pix)
@@ -155,8 +143,10 @@ def beside_its_teacher(run: Run, kind: type[OnlinePix2Pix], **arguments: Any) ->
 
 
 def dcd(run: Run) -> nn.Module:
-    level_three = "model.model.1.model.3"
-    layers = ["model.model.1.model.2", f"{level_three}.model.2", f"{level_three}.model.3", level_three]
+    level_two, level_three = "model.model.1", "model.model.1.model.3"
+    layers = [f"{level_two}.model.2", level_two]
+    if run.budget.size >= 128:  # else these maps are too small for a discriminator
+        layers = [f"{level_two}.model.2", f"{level_three}.model.2", f"{level_three}.model.3", level_three]
     return beside_its_teacher(run, DCDPix2Pix, layers=layers)
 
 
@@ -175,7 +165,11 @@ SETTINGS: dict[str, Callable[[Run], nn.Module]] = {
 }
 
 
-def images(budget: argparse.Namespace, seed: int) -> PairedImages:
+def images(budget: argparse.Namespace, seed: int) -> TranslationData:
+    if budget.embedded:
+        return PairedPhotographs(
+            budget.size, budget.images or 256, "BtoA", batch_size=budget.batch, eval_batch_size=16, seed=seed
+        )
     return PairedImages(
         str(DATA / "facades"), crop_size=budget.size, load_size=budget.size * 286 // 256, direction="BtoA",
         batch_size=budget.batch, eval_batch_size=16, limit_items=budget.images, num_workers=budget.workers, seed=seed,
@@ -249,6 +243,7 @@ def pictures(budget: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", default="runs/short_translation")
+    parser.add_argument("--embedded", action="store_true", help="photographs to their edges, instead of facades")
     parser.add_argument("--size", type=int, default=128, help="of images, a power of two")
     parser.add_argument("--ngf", type=int, default=64, help="of the dense U-Net")
     parser.add_argument("--ndf", type=int, default=64, help="of its discriminator")
@@ -260,7 +255,11 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=None, help="of each split")
     parser.add_argument("--alpha", type=float, default=20.0, help="weight of the wavelet loss, beside 100 of the L1")
     parser.add_argument("--mask-weight-decay", type=float, default=0.1, help="of dmad")
-    parser.add_argument("--vgg", default=None, help="weights of torchvision's VGG-16, for dcd and crd; else ResNet-20")
+    parser.add_argument(
+        "--vgg",
+        default=None,
+        help="weights of a VGG-16, for dcd and crd; else narrow and random",
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--precision", default="32-true")
@@ -270,8 +269,11 @@ def main() -> None:
     Path(budget.output).mkdir(parents=True, exist_ok=True)
     rich.get_console().quiet = True  # accounts
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    how = f"{budget.size}x{budget.size}, {budget.epochs} epochs of batches of {budget.batch}, lr {budget.lr}"
-    print(f"{machine()}; facades {how}, U-Nets with ngf {budget.ngf} and {budget.small_ngf}")
+    what = "photographs" if budget.embedded else "facades"
+    how = f"{budget.epochs} epochs of batches of {budget.batch}, lr {budget.lr}"
+    print(
+        f"{machine()}; {what} {budget.size}x{budget.size}, {how}, U-Nets with ngf {budget.ngf} and {budget.small_ngf}"
+    )
     dense = trained(budget)
     kept("dense", 0, budget, lambda: dense.generator)
     for name in budget.settings:
